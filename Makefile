@@ -1,0 +1,58 @@
+# make demo   installs what is missing, builds, makes the image, serves, sends a real request
+# make test   everything that CI runs
+# make help   the rest
+
+GUEST_TARGET := x86_64-unknown-linux-gnu
+DATA         := $(CURDIR)/target/thaw-data
+THAW         := $(CURDIR)/target/release/thaw
+
+# Byte code beside the runner's sources would look like a change of what thaw embeds.
+export PYTHONDONTWRITEBYTECODE := 1
+
+.PHONY: help setup build guest image demo test lint unit blackbox bench clean
+
+help:
+	@echo "make demo      install what is missing, build, make the image, serve, send one real request"
+	@echo "make test      everything that CI runs: format, lints, unit tests, tests against real VMs"
+	@echo "make build     target/release/thaw and the guest's programs"
+	@echo "make image     the minimal image, in target/thaw-data"
+	@echo "make bench     the README's figures, measured here"
+	@echo "make clean     remove everything that was built"
+
+setup:
+	@scripts/setup
+
+# The guest's programs are static: the agent starts before there is a root file system.
+guest: setup
+	RUSTFLAGS="-C target-feature=+crt-static" cargo build --quiet --profile guest --target $(GUEST_TARGET) -p thaw-agent -p thaw-selftest
+
+build: guest
+	cargo build --release -p thaw
+
+image: build
+	$(THAW) image build minimal --data-dir $(DATA)
+
+demo: image
+	@scripts/demo $(THAW) $(DATA)
+
+lint: setup
+	cargo fmt --all --check
+	cargo clippy --quiet --workspace --all-targets -- -D warnings
+
+unit: image
+	THAW_TEST_DATA=$(DATA) THAW_SELFTEST=$(CURDIR)/target/$(GUEST_TARGET)/guest/thaw-selftest \
+		cargo test --release --workspace
+
+blackbox: image
+	scripts/blackbox $(THAW) $(DATA)
+
+test:
+	@scripts/test
+
+bench: image
+	$(THAW) bench warm --data-dir $(DATA)
+	$(THAW) bench cold --data-dir $(DATA)
+	$(THAW) bench restore --data-dir $(DATA)
+
+clean:
+	cargo clean

@@ -1,0 +1,150 @@
+//! `thaw bench`: the figures, measured here.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Context;
+use clap::{Args, ValueEnum};
+use serde_json::json;
+
+use crate::bench::facts::Facts;
+use crate::bench::samples::Samples;
+use crate::bench::server::Server;
+use crate::bench::{cases, restore};
+
+/// Measure this host: starts what it needs by itself and ends it again.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+  thaw bench warm       POST /execute of print(1) in a running session, one kept-alive connection
+  thaw bench cold       a new session's first result, with VMs waiting in the pool
+  thaw bench restore    a worker's start to its guest running, without a pool
+  thaw bench churn      sessions created, used and destroyed a second
+  thaw bench memory     memory that an idle session costs, worker included
+  thaw bench python     a fresh python3 process in the guest, against the bare host
+Figures are for this host and this minute: compare what was measured in one run.")]
+pub struct BenchArgs {
+    /// What to measure.
+    case: Case,
+    /// How many times; each case has its own default.
+    #[arg(short, long, value_name = "N")]
+    runs: Option<usize>,
+    /// The image to use; `thaw image build` makes one.
+    #[arg(long, default_value = "minimal")]
+    image: String,
+    /// Where images and templates are.
+    #[arg(
+        long,
+        env = "THAW_DATA_DIR",
+        default_value = "/var/lib/thaw",
+        value_name = "DIR"
+    )]
+    data_dir: PathBuf,
+    /// One JSON object a line: name, n, p50_us, p99_us, max_us.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Case {
+    Warm,
+    Cold,
+    Restore,
+    Churn,
+    Memory,
+    Python,
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// The benchmark could not run; nothing was printed as a figure then.
+pub fn run(args: &BenchArgs) -> anyhow::Result<ExitCode> {
+    let facts = Facts::read()?;
+    let report = Report { json: args.json };
+    let runs = |default| args.runs.unwrap_or(default).max(1);
+    if let Case::Restore = args.case {
+        let phases = restore::measure(&args.data_dir, &args.image, runs(100))
+            .context("the restore benchmark could not run")?;
+        report.facts(&facts);
+        return phases
+            .iter()
+            .try_for_each(|samples| report.samples(samples))
+            .map(|()| ExitCode::SUCCESS);
+    }
+    let server = Server::start(&args.data_dir, &args.image)?;
+    match args.case {
+        Case::Warm => {
+            let samples = cases::warm(&server, runs(2000))?;
+            report.facts(&facts);
+            report.samples(&samples)?;
+        }
+        Case::Cold => {
+            let samples = cases::cold(&server, runs(50))?;
+            report.facts(&facts);
+            report.samples(&samples)?;
+        }
+        Case::Churn => {
+            let (samples, rate) = cases::churn(&server, runs(200), 4)?;
+            report.facts(&facts);
+            report.samples(&samples)?;
+            report.figure("cycles", rate, "/s");
+        }
+        Case::Memory => {
+            let sizes = cases::memory(&server, runs(20))?;
+            let mib = |kib: Option<&u64>| kib.map_or(0.0, |&kib| kib as f64 / 1024.0);
+            report.facts(&facts);
+            report.figure("workers", sizes.len() as f64, "");
+            report.figure(
+                "unique memory of a worker, median",
+                mib(sizes.get(sizes.len() / 2)),
+                "MiB",
+            );
+            report.figure("unique memory of a worker, most", mib(sizes.last()), "MiB");
+        }
+        Case::Python => {
+            let (guest, host) = cases::fresh_python(&server, runs(40))?;
+            report.facts(&facts);
+            report.samples(&guest)?;
+            report.samples(&host)?;
+            report.figure(
+                "guest / host, medians",
+                guest.percentile(50)? as f64 / host.percentile(50)? as f64,
+                "x",
+            );
+        }
+        Case::Restore => {}
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Prints results, for people or for machines.
+struct Report {
+    json: bool,
+}
+
+impl Report {
+    fn facts(&self, facts: &Facts) {
+        if self.json {
+            println!("{}", facts.json());
+        } else {
+            println!("{}", facts.line());
+        }
+    }
+
+    fn samples(&self, samples: &Samples) -> anyhow::Result<()> {
+        if self.json {
+            println!("{}", samples.json()?);
+        } else {
+            println!("{}", samples.line()?);
+        }
+        Ok(())
+    }
+
+    fn figure(&self, name: &str, value: f64, unit: &str) {
+        if self.json {
+            println!("{}", json!({"name": name, "value": value, "unit": unit}));
+        } else {
+            println!("{name:<44} {value:.2} {unit}");
+        }
+    }
+}

@@ -1,0 +1,298 @@
+//! What every request can use, and the way of a request from its head to its reply.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use http_body_util::{BodyExt, LengthLimitError, Limited};
+use hyper::body::Body as HttpBody;
+use hyper::header::HeaderValue;
+use hyper::http::request::Parts;
+use hyper::{Request, StatusCode};
+use prometheus_client::registry::Registry;
+
+use super::auth::{Auth, Caller, Presented, Refusal, presented};
+use super::body::Body;
+use super::error::ApiError;
+use super::metrics::{Metrics, Route, Served};
+use super::reply::Reply;
+use super::retry::Retries;
+use super::router::Router;
+use crate::backend::Backend;
+use crate::config::Config;
+use crate::task::Tasks;
+
+/// How long the rest of a refused request is waited for.
+const DISCARD: Duration = Duration::from_secs(1);
+
+/// What the requests share.
+#[derive(Debug)]
+pub struct App {
+    /// The configuration.
+    pub config: Config,
+    /// Who may use the server.
+    pub auth: Arc<Auth>,
+    /// The sessions.
+    pub backend: Arc<dyn Backend>,
+    /// The task queue.
+    pub tasks: Tasks,
+    /// Requests that run, for those who send one again.
+    pub retries: Retries,
+    /// What is counted here.
+    pub metrics: Metrics,
+    /// Everything that is counted.
+    pub registry: Registry,
+    /// Set when the server is going down.
+    pub draining: AtomicBool,
+    router: Router,
+    request_ids: RequestIds,
+}
+
+impl App {
+    /// Puts it together. `registry` has everything but the front end's own metrics.
+    pub fn new(
+        config: Config,
+        auth: Arc<Auth>,
+        backend: Arc<dyn Backend>,
+        tasks: Tasks,
+        mut registry: Registry,
+    ) -> anyhow::Result<Arc<Self>> {
+        let metrics = Metrics::register(&mut registry);
+        Ok(Arc::new(Self {
+            config,
+            auth,
+            backend,
+            tasks,
+            retries: Retries::default(),
+            metrics,
+            registry,
+            draining: AtomicBool::new(false),
+            router: Router::new()?,
+            request_ids: RequestIds::new(),
+        }))
+    }
+
+    /// Answers a request. Never fails: whatever goes wrong is a reply.
+    pub async fn answer<B>(self: Arc<Self>, request: Request<B>) -> Reply
+    where
+        B: HttpBody<Data = Bytes> + Send + Unpin + 'static,
+        B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+    {
+        let began = Instant::now();
+        let id = self.request_ids.next();
+        let in_flight = InFlight::new(&self.metrics);
+        let (parts, body) = request.into_parts();
+        let method = parts.method.clone();
+        let (route, result) = match self.router.find(&parts.method, parts.uri.path()) {
+            Ok((endpoint, param)) => {
+                let limit = self.config.server.max_body_bytes;
+                let call = Call {
+                    parts,
+                    body: Some(Box::pin(read(body, limit))),
+                    param,
+                    app: self.clone(),
+                };
+                (endpoint.path, (endpoint.handler)(call).await)
+            }
+            Err(error) => ("unknown", Err(error)),
+        };
+        let mut reply = result.unwrap_or_else(|error| error.reply());
+        let status = reply.status().as_u16();
+        if let Ok(value) = HeaderValue::from_str(&id) {
+            reply.headers_mut().insert("x-request-id", value);
+        }
+        let took = began.elapsed();
+        self.metrics
+            .requests
+            .get_or_create(&Served { route, status })
+            .inc();
+        self.metrics
+            .seconds
+            .get_or_create(&Route { route })
+            .observe(took.as_secs_f64());
+        drop(in_flight);
+        // The route's pattern, not the path: paths have session ids in them.
+        tracing::debug!(id, %method, route, status, us = took.as_micros() as u64, "request");
+        reply
+    }
+}
+
+struct InFlight<'a>(&'a Metrics);
+
+impl<'a> InFlight<'a> {
+    fn new(metrics: &'a Metrics) -> Self {
+        metrics.in_flight.inc();
+        Self(metrics)
+    }
+}
+
+impl Drop for InFlight<'_> {
+    fn drop(&mut self) {
+        self.0.in_flight.dec();
+    }
+}
+
+type Reading = std::pin::Pin<Box<dyn Future<Output = Result<Bytes, ApiError>> + Send>>;
+
+/// One request.
+pub struct Call {
+    /// What the requests share.
+    pub app: Arc<App>,
+    /// Its head.
+    pub parts: Parts,
+    /// The route's parameter, if it has one.
+    pub param: String,
+    body: Option<Reading>,
+}
+
+impl std::fmt::Debug for Call {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Call")
+            .field("path", &self.parts.uri.path())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Call {
+    /// The body's bytes.
+    ///
+    /// # Errors
+    /// It is too large, too slow or broken off.
+    pub async fn bytes(&mut self) -> Result<Bytes, ApiError> {
+        let Some(reading) = self.body.take() else {
+            return Ok(Bytes::new());
+        };
+        let most = Duration::from_secs(self.app.config.server.body_timeout_s);
+        tokio::time::timeout(most, reading)
+            .await
+            .unwrap_or_else(|_| {
+                Err(ApiError::new(
+                    StatusCode::REQUEST_TIMEOUT,
+                    "The request body took too long",
+                ))
+            })
+    }
+
+    /// Reads the body and forgets it. An answer before the end of the request would close the
+    /// connection, and a client that still sends might never see the answer.
+    async fn discard(&mut self) {
+        if let Err(error) = tokio::time::timeout(DISCARD, self.bytes()).await {
+            tracing::debug!(%error, "the body of a refused request did not come");
+        }
+    }
+
+    /// Who makes a request that has no body.
+    ///
+    /// # Errors
+    /// Nobody that may, or too often.
+    pub fn caller(&self) -> Result<Caller, ApiError> {
+        match presented(&self.parts.headers) {
+            Presented::Secret(secret) => self.admit(secret),
+            Presented::Garbage => Err(self.refuse(Refusal::BadCredentials)),
+            Presented::Nothing => Err(self.refuse(Refusal::NoCredentials)),
+        }
+    }
+
+    /// Who makes a request, and its body, which may be what says so. Nothing is told about the
+    /// body of somebody unknown.
+    ///
+    /// # Errors
+    /// Nobody that may, or too often; the body is not JSON.
+    pub async fn caller_and_body(&mut self) -> Result<(Caller, Body), ApiError> {
+        if presented(&self.parts.headers) != Presented::Nothing {
+            let caller = match self.caller() {
+                Ok(caller) => caller,
+                Err(error) => {
+                    self.discard().await;
+                    return Err(error);
+                }
+            };
+            return Ok((caller, Body::parse(&self.bytes().await?)?));
+        }
+        let body = Body::parse(&self.bytes().await?).ok();
+        let body = body.ok_or_else(|| self.refuse(Refusal::NoCredentials))?;
+        match body.api_key().map(str::to_owned) {
+            Some(secret) => Ok((self.admit(&secret)?, body)),
+            None => Err(self.refuse(Refusal::NoCredentials)),
+        }
+    }
+
+    /// Who has this key or token, counted against the plan.
+    ///
+    /// # Errors
+    /// Nobody, or too often.
+    pub fn admit(&self, secret: &str) -> Result<Caller, ApiError> {
+        let caller = self
+            .app
+            .auth
+            .check(secret)
+            .map_err(|refusal| self.refuse(refusal))?;
+        caller.spend().map_err(|seconds| {
+            self.app.metrics.rate_limited.inc();
+            let detail = format!("Rate limit exceeded; try again in {seconds} s");
+            ApiError::too_many(detail, seconds)
+        })?;
+        Ok(caller)
+    }
+
+    fn refuse(&self, refusal: Refusal) -> ApiError {
+        self.app.metrics.refused.inc();
+        refusal.into()
+    }
+
+    /// Whether the server is going down.
+    pub fn is_draining(&self) -> bool {
+        self.app.draining.load(Ordering::Relaxed)
+    }
+}
+
+async fn read<B>(mut body: B, limit: usize) -> Result<Bytes, ApiError>
+where
+    B: HttpBody<Data = Bytes> + Send + Unpin + 'static,
+    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
+    let too_large = || {
+        let detail = format!("The request body is larger than {limit} bytes");
+        ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, detail)
+    };
+    let whole = if body.size_hint().lower() > limit as u64 {
+        Err(too_large())
+    } else {
+        match Limited::new(&mut body, limit).collect().await {
+            Ok(whole) => return Ok(whole.to_bytes()),
+            Err(error) if error.is::<LengthLimitError>() => Err(too_large()),
+            Err(_) => {
+                let detail = "The request body broke off";
+                return Err(ApiError::new(StatusCode::BAD_REQUEST, detail));
+            }
+        }
+    };
+    // Who still sends does not see an answer: an early close would throw it away.
+    let rest = async { while let Some(Ok(_)) = body.frame().await {} };
+    if tokio::time::timeout(DISCARD, rest).await.is_err() {
+        tracing::debug!("the rest of a body that is too large did not come");
+    }
+    whole
+}
+
+/// Names requests in the log and to the client: unique in this run, not guessable across runs.
+#[derive(Debug)]
+struct RequestIds {
+    run: u32,
+    next: AtomicU64,
+}
+
+impl RequestIds {
+    fn new() -> Self {
+        Self {
+            run: rand::random(),
+            next: AtomicU64::new(1),
+        }
+    }
+
+    fn next(&self) -> String {
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
+        format!("{:08x}-{number:x}", self.run)
+    }
+}

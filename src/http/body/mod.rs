@@ -1,0 +1,7 @@
+//! Bodies: read, validated, and judged in FastAPI's words.
+
+mod fields;
+mod json;
+mod requests;
+
+pub use requests::{Body, CommandRequest, SessionRequest, password_form};

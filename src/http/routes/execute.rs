@@ -1,0 +1,273 @@
+//! `POST /execute` and `POST /execute_async`.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use hyper::StatusCode;
+use serde::Serialize;
+use sha2::{Digest, Sha256};
+
+use crate::http::app::{App, Call};
+use crate::http::auth::Caller;
+use crate::http::body::CommandRequest;
+use crate::http::error::ApiError;
+use crate::http::reply::{self, Reply, iso, iso_ms};
+use crate::http::retry::{Same, name_reused};
+use crate::session::{Command, Outcome, SessionId, SessionSpec};
+use crate::store::{NewTask, Submitted, language_name};
+use crate::task::SubmitError;
+
+/// How long before the client's own time-out it is answered. The client uses one number for
+/// both, so an answer at its end comes too late.
+const MARGIN: Duration = Duration::from_millis(250);
+
+/// Longest `Idempotency-Key`.
+const MOST_KEY_BYTES: usize = 255;
+
+/// The body of a 200 from `POST /execute`.
+#[derive(Debug, Serialize)]
+struct CommandResult<'a> {
+    stdout: &'a str,
+    stderr: &'a str,
+    exit_code: i32,
+    execution_time: f64,
+    cpu_time: f64,
+    session_id: &'a str,
+    language: &'static str,
+    created_at: String,
+    timed_out: bool,
+    truncated: bool,
+    #[serde(skip_serializing_if = "is_zero")]
+    truncated_bytes: u64,
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    vm_restarted: bool,
+}
+
+fn is_zero(bytes: &u64) -> bool {
+    *bytes == 0
+}
+
+/// The body of a 200 from `POST /execute_async`.
+#[derive(Debug, Serialize)]
+struct TaskAccepted<'a> {
+    task_id: &'a str,
+    session_id: &'a str,
+    status: &'static str,
+    created_at: String,
+}
+
+/// A request that may be run.
+struct Wanted {
+    caller: Caller,
+    request: CommandRequest,
+    idempotency_key: Option<String>,
+    content: [u8; 32],
+}
+
+pub(super) async fn execute(mut call: Call) -> Result<Reply, ApiError> {
+    let wanted = wanted(&mut call, "/execute").await?;
+    let (session, same) = session_of(&call.app, &wanted, "/execute").await?;
+    let app = call.app.clone();
+    let Wanted {
+        caller,
+        request,
+        content,
+        ..
+    } = wanted;
+    let timeout = Duration::from_secs(request.timeout_s.into());
+    let command = Command {
+        language: request.language,
+        code: request.code,
+        timeout,
+        answer_within: Some(timeout.saturating_sub(MARGIN)),
+    };
+    let start = || {
+        let created_at = iso(jiff::Timestamp::now());
+        let language = language_name(command.language);
+        let ticket = app.backend.accept(&caller.tenant, &session)?;
+        let running = ticket.run(caller.limits, command, None);
+        let id = session.to_string();
+        Ok(async move { Ok(result(&running.await?, &id, language, created_at)) })
+    };
+    let body = match same {
+        Some(same) => app.retries.run(same, content, start).await?,
+        None => start()?.await?,
+    };
+    Ok(reply::raw(StatusCode::OK, "application/json", body))
+}
+
+pub(super) async fn execute_async(mut call: Call) -> Result<Reply, ApiError> {
+    let wanted = wanted(&mut call, "/execute_async").await?;
+    let (session, same) = session_of(&call.app, &wanted, "/execute_async").await?;
+    let task = NewTask {
+        id: uuid::Uuid::new_v4().to_string(),
+        tenant: wanted.caller.tenant.0.clone(),
+        session_id: session.to_string(),
+        command: Command {
+            language: wanted.request.language,
+            code: wanted.request.code,
+            timeout: Duration::from_secs(wanted.request.timeout_s.into()),
+            answer_within: None,
+        },
+        max_vms: wanted.caller.limits.max_vms,
+        idempotency_key: wanted.idempotency_key,
+        body_hash: wanted.content,
+    };
+    let tasks = call.app.tasks.clone();
+    let submit = async move {
+        let (id, session_id) = (task.id.clone(), task.session_id.clone());
+        let created_at = iso(jiff::Timestamp::now());
+        match tasks.submit(task).await.map_err(refusal)? {
+            Submitted::New => Ok(accepted(&id, &session_id, created_at)),
+            Submitted::Same {
+                id,
+                session_id,
+                created_ms,
+            } => Ok(accepted(&id, &session_id, iso_ms(created_ms))),
+            Submitted::KeyReused => Err(name_reused()),
+            Submitted::Full(limit) => {
+                let detail =
+                    format!("{limit} of your tasks wait or run already; wait for one to finish");
+                Err(ApiError::too_many(detail, 1))
+            }
+        }
+    };
+    // The store itself remembers named tasks, for longer and through restarts.
+    let same = same.unwrap_or_else(|| Same::Body(wanted.caller.tenant.clone(), rand::random()));
+    let body = call
+        .app
+        .retries
+        .run(same, wanted.content, || Ok(submit))
+        .await?;
+    Ok(reply::raw(StatusCode::OK, "application/json", body))
+}
+
+/// Who wants what, as far as that can be told without a session.
+async fn wanted(call: &mut Call, route: &'static str) -> Result<Wanted, ApiError> {
+    let (caller, body) = call.caller_and_body().await?;
+    let request = body.command()?;
+    if let Some(vault) = request.vault_ids.first() {
+        let shown: String = vault.chars().take(64).collect();
+        return Err(ApiError::not_found(format!(
+            "No vault {shown:?}: this server has no vaults; nothing was run"
+        )));
+    }
+    let idempotency_key = idempotency_key(call)?;
+    let content = content_hash(route, &request);
+    Ok(Wanted {
+        caller,
+        request,
+        idempotency_key,
+        content,
+    })
+}
+
+/// The request's session, made if it names none, and what makes another request the same.
+async fn session_of(
+    app: &App,
+    wanted: &Wanted,
+    route: &'static str,
+) -> Result<(SessionId, Option<Same>), ApiError> {
+    let tenant = &wanted.caller.tenant;
+    let named = wanted
+        .idempotency_key
+        .as_ref()
+        .map(|key| Same::Named(tenant.clone(), route, key.clone()));
+    match &wanted.request.session_id {
+        Some(id) => {
+            let same = named.unwrap_or_else(|| Same::Body(tenant.clone(), wanted.content));
+            Ok((id.clone(), Some(same)))
+        }
+        None => {
+            let vm = &app.config.vm;
+            let spec = SessionSpec {
+                lifetime: Duration::from_secs(vm.lifetime_s),
+                memory_mib: vm.memory_mib,
+                vcpus: vm.vcpus,
+                metadata: Default::default(),
+                env: Default::default(),
+            };
+            let limits = wanted.caller.limits;
+            Ok((app.backend.create(tenant, limits, spec).await?, named))
+        }
+    }
+}
+
+fn idempotency_key(call: &Call) -> Result<Option<String>, ApiError> {
+    let Some(value) = call.parts.headers.get("idempotency-key") else {
+        return Ok(None);
+    };
+    let text = value.to_str().ok().map(str::trim);
+    match text.filter(|text| !text.is_empty() && text.len() <= MOST_KEY_BYTES) {
+        Some(text) => Ok(Some(text.to_owned())),
+        None => Err(ApiError::new(
+            StatusCode::BAD_REQUEST,
+            "Idempotency-Key must be 1 to 255 visible ASCII characters",
+        )),
+    }
+}
+
+/// What the request asks for, whatever its spelling. Lengths keep neighbours apart.
+fn content_hash(route: &str, request: &CommandRequest) -> [u8; 32] {
+    let session = request
+        .session_id
+        .as_ref()
+        .map(ToString::to_string)
+        .unwrap_or_default();
+    let timeout = request.timeout_s.to_string();
+    let mut hash = Sha256::new();
+    for part in [
+        route,
+        &session,
+        language_name(request.language),
+        &timeout,
+        &request.code,
+    ] {
+        hash.update((part.len() as u64).to_le_bytes());
+        hash.update(part);
+    }
+    hash.finalize().into()
+}
+
+fn result(
+    outcome: &Outcome,
+    session_id: &str,
+    language: &'static str,
+    created_at: String,
+) -> Bytes {
+    json_bytes(&CommandResult {
+        stdout: &outcome.stdout,
+        stderr: &outcome.stderr,
+        exit_code: outcome.exit_code,
+        execution_time: outcome.execution_time.as_secs_f64(),
+        cpu_time: outcome.cpu_time.as_secs_f64(),
+        session_id,
+        language,
+        created_at,
+        timed_out: outcome.timed_out,
+        truncated: outcome.truncated_bytes > 0,
+        truncated_bytes: outcome.truncated_bytes,
+        vm_restarted: outcome.vm_restarted,
+    })
+}
+
+fn accepted(task_id: &str, session_id: &str, created_at: String) -> Bytes {
+    json_bytes(&TaskAccepted {
+        task_id,
+        session_id,
+        status: "queued",
+        created_at,
+    })
+}
+
+/// These are plain structures of text and numbers, which cannot fail to be written.
+fn json_bytes(value: &impl Serialize) -> Bytes {
+    serde_json::to_vec(value).unwrap_or_default().into()
+}
+
+fn refusal(error: SubmitError) -> ApiError {
+    match error {
+        SubmitError::Session(error) => error.into(),
+        SubmitError::Store(error) => error.into(),
+    }
+}

@@ -1,0 +1,36 @@
+//! `GET /health`, `GET /metrics`, `GET /openapi.json`.
+
+use hyper::StatusCode;
+use serde_json::json;
+
+use crate::http::app::Call;
+use crate::http::error::ApiError;
+use crate::http::openapi;
+use crate::http::reply::{self, Reply};
+
+const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+pub(super) async fn health(call: Call) -> Result<Reply, ApiError> {
+    let (status, word) = if call.is_draining() {
+        (StatusCode::SERVICE_UNAVAILABLE, "draining")
+    } else {
+        (StatusCode::OK, "ok")
+    };
+    let shown = json!({ "status": word, "version": env!("CARGO_PKG_VERSION") });
+    Ok(reply::json(status, &shown))
+}
+
+pub(super) async fn metrics(call: Call) -> Result<Reply, ApiError> {
+    let mut text = String::new();
+    prometheus_client::encoding::text::encode(&mut text, &call.app.registry)
+        .map_err(|error| ApiError::internal(&error))?;
+    Ok(reply::raw(StatusCode::OK, OPENMETRICS, text.into()))
+}
+
+pub(super) async fn openapi(_call: Call) -> Result<Reply, ApiError> {
+    Ok(reply::raw(
+        StatusCode::OK,
+        "application/json",
+        openapi::document(),
+    ))
+}

@@ -1,0 +1,69 @@
+//! What makes a restored VM an individual.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, SystemTime};
+
+use rand::TryRngCore;
+use thaw_wire::message::{Execute, Language, Renew};
+
+use super::vm::{RunEvent, Vm};
+
+/// A fresh identity. The seed and the machine id come from the system's generator, every time.
+pub(crate) fn identity(
+    generation: u64,
+    hostname: String,
+    env: BTreeMap<String, String>,
+) -> anyhow::Result<Renew> {
+    let mut seed = [0; 32];
+    let mut machine_id = [0; 16];
+    rand::rngs::OsRng.try_fill_bytes(&mut seed)?;
+    rand::rngs::OsRng.try_fill_bytes(&mut machine_id)?;
+    Ok(Renew {
+        generation,
+        seed: hex::encode(seed),
+        wall_ns: wall_ns(),
+        hostname,
+        machine_id: hex::encode(machine_id),
+        env,
+    })
+}
+
+/// Nanoseconds since the Unix epoch.
+fn wall_ns() -> u64 {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    since.map_or(0, |d| u64::try_from(d.as_nanos()).unwrap_or(u64::MAX))
+}
+
+/// Takes a VM through what its session will do first, under a throw-away identity. Most of the
+/// time to a fresh VM's first result is spent on mapping the pages that the result needs.
+pub(crate) async fn rehearse(vm: &dyn Vm, generation: u64, limit: Duration) -> anyhow::Result<()> {
+    let run_through = async {
+        let renew = identity(generation, "thaw".to_owned(), BTreeMap::new())?;
+        vm.renew(renew).await?;
+        let mut run = vm.execute(empty_command(limit)).await?;
+        loop {
+            match run.next().await {
+                RunEvent::Stdout(_) | RunEvent::Stderr(_) => {}
+                RunEvent::Exit(exit) => {
+                    anyhow::ensure!(exit.exit_code == 0, "it ended with {}", exit.exit_code);
+                    return Ok(());
+                }
+                RunEvent::Died(reason) => anyhow::bail!("the VM died: {reason}"),
+            }
+        }
+    };
+    match tokio::time::timeout(limit, run_through).await {
+        Ok(result) => result.map_err(|error| error.context("a restored VM failed its rehearsal")),
+        Err(_) => anyhow::bail!("a restored VM's rehearsal took longer than {limit:?}"),
+    }
+}
+
+fn empty_command(limit: Duration) -> Execute {
+    Execute {
+        language: Language::Python,
+        code_len: 0,
+        code: Some("pass".to_owned()),
+        timeout_ms: u64::try_from(limit.as_millis()).unwrap_or(u64::MAX),
+        env: BTreeMap::new(),
+    }
+}

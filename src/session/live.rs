@@ -1,0 +1,101 @@
+//! A session's VM while it runs, and how it ended.
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::time::Instant;
+
+use super::limits::{HostPermit, PlanPermit};
+use super::line::lock;
+use super::reaper::Reaper;
+use super::vm::Vm;
+
+/// Why a session's VM is no more.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum End {
+    /// Its owner killed it.
+    Killed,
+    /// Its lifetime passed.
+    Expired(Duration),
+    /// It died by itself, or had to be ended because a command would not stop.
+    Failed(String),
+    /// The server goes down.
+    Drained,
+}
+
+impl End {
+    /// What the user of a command that it cut short is told.
+    pub(crate) fn note(&self) -> String {
+        match self {
+            Self::Killed => "thaw: the session's VM was killed".into(),
+            Self::Expired(lifetime) => format!(
+                "thaw: the session's VM reached the end of its lifetime of {} s",
+                lifetime.as_secs()
+            ),
+            Self::Failed(reason) => {
+                format!("thaw: the session's VM ended: {reason}; the next command gets a fresh one")
+            }
+            Self::Drained => "thaw: the server shut down".into(),
+        }
+    }
+}
+
+/// A VM that runs for a session.
+#[derive(Debug)]
+pub(crate) struct Live {
+    /// Minted by the server, a new one with every VM.
+    pub(crate) vm_id: String,
+    pub(crate) vm: Arc<dyn Vm>,
+    pub(crate) started: Instant,
+    pub(crate) expires: Instant,
+    ended: watch::Sender<Option<End>>,
+    /// Given back when it ends; who takes them ends it.
+    permits: Mutex<Option<(PlanPermit, HostPermit)>>,
+}
+
+impl Live {
+    pub(crate) fn new(
+        vm_id: String,
+        vm: Arc<dyn Vm>,
+        lifetime: Duration,
+        permits: (PlanPermit, HostPermit),
+    ) -> Self {
+        let started = Instant::now();
+        Self {
+            vm_id,
+            vm,
+            started,
+            expires: started + lifetime,
+            ended: watch::Sender::new(None),
+            permits: Mutex::new(Some(permits)),
+        }
+    }
+
+    /// Ends it, the first time; its places are free when this returns, as far as the plan is
+    /// concerned. Says whether this was the first time.
+    pub(crate) fn end(&self, how: End, reaper: &Reaper) -> bool {
+        let Some((plan, host)) = lock(&self.permits).take() else {
+            return false;
+        };
+        self.ended.send_replace(Some(how));
+        drop(plan);
+        reaper.end(self.vm.clone(), Some(host));
+        true
+    }
+
+    /// How it ended, if it has.
+    pub(crate) fn how_ended(&self) -> Option<End> {
+        self.ended.borrow().clone()
+    }
+
+    /// Resolves when it has ended.
+    pub(crate) async fn ended(&self) -> End {
+        let mut ended = self.ended.subscribe();
+        match ended.wait_for(Option::is_some).await {
+            Ok(how) => how.clone().unwrap_or(End::Drained),
+            // The sender lives in `self`.
+            Err(_) => End::Drained,
+        }
+    }
+}

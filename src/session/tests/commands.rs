@@ -1,0 +1,180 @@
+//! Order, deadlines, output.
+
+use std::time::Duration;
+
+use super::super::*;
+use super::{PLAN, command, sleep_ms, start, tenant, unpooled};
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn commands_of_one_session_run_in_order_of_acceptance_on_one_vm() {
+    let (sessions, source) = start(unpooled()).await;
+    let id = sessions.make().await;
+    assert_eq!(source.started(), 0, "a VM comes with the first command");
+    let begun: Vec<_> = (0..50)
+        .map(|_| sessions.begin(&id, command("count")))
+        .collect();
+    for (n, task) in begun.into_iter().enumerate() {
+        let outcome = task.await.unwrap().unwrap();
+        assert_eq!(outcome.stdout, (n + 1).to_string());
+        assert!(!outcome.vm_restarted);
+    }
+    assert_eq!(source.started(), 1);
+}
+
+#[tokio::test]
+async fn two_hundred_sessions_each_keep_their_own_vm() {
+    let mut config = super::pooled(4, 8);
+    config.max_vms = 250;
+    let (sessions, _) = start(config).await;
+    let mut ids = Vec::new();
+    for _ in 0..200 {
+        ids.push(sessions.make().await);
+    }
+    for (n, id) in ids.iter().enumerate() {
+        for _ in 0..n % 7 {
+            sessions.say(id, "say x").await;
+        }
+    }
+    for (n, id) in ids.iter().enumerate() {
+        assert_eq!(
+            sessions.say(id, "count").await.stdout,
+            (n % 7 + 1).to_string()
+        );
+    }
+}
+
+#[tokio::test]
+async fn another_tenant_and_an_unknown_id_find_nothing() {
+    let (sessions, _) = start(unpooled()).await;
+    let id = sessions.make().await;
+    let other = TenantId("other".into());
+    let refused = sessions.execute(&other, PLAN, &id, command("say x"), None);
+    assert!(matches!(refused.await, Err(SessionError::NotFound(_))));
+    assert!(sessions.view(&other, &id).is_err());
+    assert!(sessions.kill(&other, &id).await.is_err());
+    assert!(sessions.view(&tenant(), &SessionId::mint()).is_err());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_full_line_refuses_and_who_gives_up_makes_room() {
+    let mut config = unpooled();
+    config.max_waiting = 1;
+    let (sessions, _) = start(config).await;
+    let id = sessions.make().await;
+    let _running = sessions.begin(&id, command("sleep 1000"));
+    let waiting = sessions.accept(&tenant(), &id).unwrap();
+    let full = sessions.try_say(&id, command("say x")).await.unwrap_err();
+    assert!(matches!(full, SessionError::QueueFull { limit: 1 }));
+    drop(waiting);
+    assert_eq!(sessions.say(&id, "say x").await.stdout, "x");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_synchronous_caller_is_answered_in_time_and_the_next_command_finds_the_vm_free() {
+    let (sessions, source) = start(unpooled()).await;
+    let id = sessions.make().await;
+    let mut slow = command("say part; deaf 100000");
+    slow.timeout = Duration::from_secs(1);
+    slow.answer_within = Some(Duration::from_millis(750));
+    let outcome = sessions.try_say(&id, slow).await.unwrap();
+    assert_eq!((outcome.exit_code, outcome.timed_out), (124, true));
+    assert_eq!(outcome.stdout, "part");
+    assert!(outcome.stderr.contains("timed out"), "{}", outcome.stderr);
+    assert!(outcome.execution_time < Duration::from_secs(1));
+    // Killed in the background, which the next command waits for.
+    assert_eq!(sessions.say(&id, "count").await.stdout, "2");
+    assert_eq!(source.started(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn time_in_line_counts_against_a_synchronous_caller_only() {
+    let (sessions, _) = start(unpooled()).await;
+    let id = sessions.make().await;
+    let _running = sessions.begin(&id, command("sleep 5000"));
+    let mut hasty = command("say x");
+    hasty.answer_within = Some(Duration::from_millis(750));
+    let patient = sessions.begin(&id, command("say y"));
+    let outcome = sessions.try_say(&id, hasty).await.unwrap();
+    assert_eq!(outcome.exit_code, 124);
+    assert!(outcome.stderr.contains("before it started"));
+    assert_eq!(patient.await.unwrap().unwrap().stdout, "y");
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_overrunning_task_is_interrupted_then_killed_then_its_vm_is_ended() {
+    let (sessions, source) = start(unpooled()).await;
+    let id = sessions.make().await;
+    let overrun = |code: &str| Command {
+        timeout: Duration::from_secs(1),
+        ..command(code)
+    };
+    let polite = sessions.try_say(&id, overrun("sleep 100000")).await;
+    assert_eq!(polite.unwrap().exit_code, 130);
+    let deaf = sessions.try_say(&id, overrun("deaf 100000")).await;
+    assert_eq!(deaf.unwrap().exit_code, 137);
+    assert_eq!(source.started(), 1);
+    let stuck = sessions
+        .try_say(&id, overrun("say a; stuck"))
+        .await
+        .unwrap();
+    assert_eq!((stuck.exit_code, stuck.timed_out), (124, true));
+    assert_eq!(stuck.stdout, "a");
+    let next = sessions.say(&id, "count").await;
+    assert_eq!((next.stdout.as_str(), next.vm_restarted), ("1", true));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_caller_who_goes_away_stops_its_command_before_the_next_one_starts() {
+    let (sessions, _) = start(unpooled()).await;
+    let id = sessions.make().await;
+    let task = sessions.begin(&id, command("sleep 100000"));
+    sleep_ms(10).await;
+    let next = sessions.begin(&id, command("count"));
+    task.abort();
+    assert_eq!(next.await.unwrap().unwrap().stdout, "2");
+}
+
+#[tokio::test(start_paused = true)]
+async fn partial_output_is_shown_while_the_command_runs() {
+    let (sessions, _) = start(unpooled()).await;
+    let id = sessions.make().await;
+    let (watch, mut seen) = OutputWatch::new(PartialOutput::default()).subscribe_pair();
+    let accepted = sessions.accept(&tenant(), &id).unwrap();
+    let code = "say one; err e; sleep 1000; say two; sleep 1000; say three";
+    let running = tokio::spawn({
+        let sessions = sessions.clone();
+        async move {
+            sessions
+                .run(accepted, PLAN, command(code), Some(watch))
+                .await
+        }
+    });
+    seen.changed().await.unwrap();
+    assert_eq!(
+        (seen.borrow().stdout.as_str(), seen.borrow().stderr.as_str()),
+        ("one", "e")
+    );
+    seen.changed().await.unwrap();
+    assert_eq!(seen.borrow_and_update().stdout, "onetwo");
+    assert_eq!(running.await.unwrap().unwrap().stdout, "onetwothree");
+    assert_eq!(seen.borrow().stdout, "onetwothree");
+}
+
+#[tokio::test]
+async fn failure_is_an_outcome() {
+    let (sessions, _) = start(unpooled()).await;
+    let id = sessions.make().await;
+    let outcome = sessions.say(&id, "err no; exit 3").await;
+    assert_eq!((outcome.exit_code, outcome.stderr.as_str()), (3, "no"));
+}
+
+trait Pair {
+    fn subscribe_pair(self) -> (OutputWatch, tokio::sync::watch::Receiver<PartialOutput>);
+}
+
+impl Pair for OutputWatch {
+    fn subscribe_pair(self) -> (OutputWatch, tokio::sync::watch::Receiver<PartialOutput>) {
+        let seen = self.subscribe();
+        (self, seen)
+    }
+}

@@ -1,0 +1,91 @@
+//! What sessions need from a VM and from whatever makes VMs.
+//!
+//! The session logic knows nothing else about workers, templates or machines, so its tests
+//! run on fakes and a new kind of machine needs only another [`VmSource`].
+
+use std::fmt::Debug;
+use std::sync::Arc;
+
+use futures_util::future::BoxFuture;
+use thaw_wire::message::{Execute, Exit, Renew, Signal};
+
+/// The shape of a VM: which template it is restored from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Shape {
+    /// Guest memory, MiB.
+    pub memory_mib: u32,
+    /// vCPUs.
+    pub vcpus: u32,
+}
+
+impl std::fmt::Display for Shape {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} MiB, {} vCPU", self.memory_mib, self.vcpus)
+    }
+}
+
+/// Makes VMs.
+pub trait VmSource: Debug + Send + Sync + 'static {
+    /// Makes sure that there is a template of this shape; may take as long as a build. The
+    /// build goes on when the future is dropped.
+    ///
+    /// # Errors
+    /// There is none and none can be built; the message is for the operator.
+    fn prepare(&self, shape: Shape) -> BoxFuture<'_, anyhow::Result<()>>;
+
+    /// Restores a VM that gets this generation; done when its agent is ready for
+    /// [`Vm::renew`]. Dropping the future ends whatever it had begun.
+    ///
+    /// # Errors
+    /// No VM could be made; the message is for the operator.
+    fn start(&self, shape: Shape, generation: u64) -> BoxFuture<'_, anyhow::Result<Arc<dyn Vm>>>;
+}
+
+/// One VM. Dropping the last handle ends it, too, but on the dropper's time: sessions
+/// always use [`Vm::end`], on the reaper.
+pub trait Vm: Debug + Send + Sync + 'static {
+    /// Makes the VM an individual. `Ok` only when the agent confirmed all of it.
+    ///
+    /// # Errors
+    /// It did not, and the VM must not serve anybody.
+    fn renew(&self, renew: Renew) -> BoxFuture<'_, anyhow::Result<()>>;
+
+    /// Starts a command. Dropping the run leaves the command to itself: the caller signals it
+    /// and drains it, or ends the VM.
+    ///
+    /// # Errors
+    /// The VM does not take commands any more.
+    fn execute(&self, command: Execute) -> BoxFuture<'_, anyhow::Result<Box<dyn Run>>>;
+
+    /// Why the VM ended by itself, once it has; never resolves before. Any number of callers
+    /// may wait.
+    fn died(&self) -> BoxFuture<'static, String>;
+
+    /// Ends the VM without grace. Resolves when its process is gone and reaped.
+    fn end(&self) -> BoxFuture<'_, ()>;
+}
+
+/// A command that runs in a VM.
+pub trait Run: Debug + Send {
+    /// What happens next. Safe to drop and call again: nothing is lost.
+    fn next(&mut self) -> BoxFuture<'_, RunEvent>;
+
+    /// Sends a signal to the command.
+    ///
+    /// # Errors
+    /// The VM does not take signals any more.
+    fn signal(&mut self, signal: Signal) -> BoxFuture<'_, anyhow::Result<()>>;
+}
+
+/// What a running command does.
+#[derive(Clone, Debug, PartialEq)]
+pub enum RunEvent {
+    /// Bytes on standard output.
+    Stdout(Vec<u8>),
+    /// Bytes on standard error.
+    Stderr(Vec<u8>),
+    /// It ended. The last event.
+    Exit(Exit),
+    /// The VM is gone. The last event.
+    Died(String),
+}

@@ -1,0 +1,135 @@
+//! Real VMs: workers restored from templates.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use futures_util::future::BoxFuture;
+use thaw_vmm::protocol::{Death, Tuning};
+use thaw_wire::message::{Execute, Renew, Signal};
+
+use super::vm::{Run, RunEvent, Shape, Vm, VmSource};
+use crate::template::Templates;
+use crate::worker::{Event, Launcher, Running, Worker};
+
+/// Starts a worker process for each VM and restores a template in it.
+#[derive(Debug)]
+pub struct Workers {
+    launcher: Launcher,
+    templates: Templates,
+    tuning: Tuning,
+}
+
+impl Workers {
+    /// Workers that `launcher` starts, with these templates; `tuning` is the one that they were
+    /// booted with.
+    pub fn new(launcher: Launcher, templates: Templates, tuning: Tuning) -> Self {
+        Self {
+            launcher,
+            templates,
+            tuning,
+        }
+    }
+}
+
+impl VmSource for Workers {
+    fn prepare(&self, shape: Shape) -> BoxFuture<'_, anyhow::Result<()>> {
+        Box::pin(async move {
+            self.templates.get(shape.memory_mib, shape.vcpus).await?;
+            Ok(())
+        })
+    }
+
+    fn start(&self, shape: Shape, generation: u64) -> BoxFuture<'_, anyhow::Result<Arc<dyn Vm>>> {
+        Box::pin(async move {
+            let template = self.templates.get(shape.memory_mib, shape.vcpus).await?;
+            let worker = self.launcher.spawn().await?;
+            let started = worker
+                .restore(
+                    generation,
+                    self.tuning,
+                    &template.state,
+                    &template.memory,
+                    Some(&template.working_set),
+                )
+                .await?;
+            let ready = &started.ready;
+            anyhow::ensure!(
+                ready.generation == generation && ready.warm,
+                "a VM restored as generation {generation} says that it is generation {}, {}",
+                ready.generation,
+                if ready.warm { "warm" } else { "not warm" }
+            );
+            tracing::debug!(pid = worker.pid(), generation, phases = ?started.phases_us, "restored");
+            Ok(Arc::new(WorkerVm {
+                worker,
+                console_logged: Arc::default(),
+            }) as Arc<dyn Vm>)
+        })
+    }
+}
+
+/// A worker's VM.
+#[derive(Debug)]
+struct WorkerVm {
+    worker: Worker,
+    console_logged: Arc<AtomicBool>,
+}
+
+impl Vm for WorkerVm {
+    fn renew(&self, renew: Renew) -> BoxFuture<'_, anyhow::Result<()>> {
+        Box::pin(async move { Ok(self.worker.renew(renew).await?) })
+    }
+
+    fn execute(&self, command: Execute) -> BoxFuture<'_, anyhow::Result<Box<dyn Run>>> {
+        // Handing over does not wait: what the socket does not take is sent behind.
+        let running = self.worker.execute(command);
+        Box::pin(async move { Ok(Box::new(WorkerRun(running?)) as Box<dyn Run>) })
+    }
+
+    fn died(&self) -> BoxFuture<'static, String> {
+        let (died, logged) = (self.worker.died(), self.console_logged.clone());
+        let pid = self.worker.pid();
+        Box::pin(async move {
+            let Death {
+                cause,
+                detail,
+                console,
+            } = died.await;
+            // For the operator: the user is told the detail only. Once, however many wait.
+            if !console.is_empty() && !logged.swap(true, Ordering::Relaxed) {
+                tracing::warn!(pid, ?cause, detail, console, "a VM's last console lines");
+            }
+            detail
+        })
+    }
+
+    fn end(&self) -> BoxFuture<'_, ()> {
+        Box::pin(self.worker.end())
+    }
+}
+
+/// A command in a worker's VM.
+#[derive(Debug)]
+struct WorkerRun(Running);
+
+impl Run for WorkerRun {
+    fn next(&mut self) -> BoxFuture<'_, RunEvent> {
+        Box::pin(async {
+            loop {
+                return match self.0.next().await {
+                    Event::Stdout(bytes) => RunEvent::Stdout(bytes),
+                    Event::Stderr(bytes) => RunEvent::Stderr(bytes),
+                    // Their text is on standard output already; the API has no place for more yet.
+                    Event::Rich(_) => continue,
+                    Event::Exit(exit) => RunEvent::Exit(exit),
+                    Event::Died(death) => RunEvent::Died(death.detail),
+                };
+            }
+        })
+    }
+
+    fn signal(&mut self, signal: Signal) -> BoxFuture<'_, anyhow::Result<()>> {
+        let sent = self.0.signal(signal);
+        Box::pin(async move { Ok(sent?) })
+    }
+}

@@ -1,0 +1,486 @@
+//! Tasks: asynchronous commands, durable from the moment they are acknowledged.
+
+use rusqlite::{Connection, OptionalExtension, Row, params};
+
+use super::now_ms;
+use crate::session::{Command, Language, Outcome};
+
+/// How far a task has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TaskState {
+    /// It waits for its turn.
+    Queued,
+    /// It runs.
+    Running,
+    /// It has ended; the row has the result.
+    Done,
+    /// The server stopped while it ran; the row has what it had written by then.
+    Interrupted,
+}
+
+impl TaskState {
+    /// Its name in the database and in replies.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Queued => "queued",
+            Self::Running => "running",
+            Self::Done => "done",
+            Self::Interrupted => "interrupted",
+        }
+    }
+
+    /// No more will happen to the task.
+    pub fn is_complete(self) -> bool {
+        matches!(self, Self::Done | Self::Interrupted)
+    }
+
+    fn parse(text: &str) -> Self {
+        match text {
+            "queued" => Self::Queued,
+            "running" => Self::Running,
+            "done" => Self::Done,
+            _ => Self::Interrupted,
+        }
+    }
+}
+
+/// A task as stored.
+#[derive(Clone, Debug)]
+pub struct TaskRow {
+    /// A version 4 UUID.
+    pub id: String,
+    /// Its owner.
+    pub tenant: String,
+    /// The session it runs in.
+    pub session_id: String,
+    /// What it runs.
+    pub command: Command,
+    /// VMs that its owner's plan allowed when it was accepted.
+    pub max_vms: u32,
+    /// How far it has come.
+    pub state: TaskState,
+    /// When it was accepted, milliseconds since the Unix epoch.
+    pub created_ms: i64,
+    /// Output so far.
+    pub stdout: String,
+    /// Error output so far, and thaw's notes.
+    pub stderr: String,
+    /// Bytes of output that were thrown away.
+    pub truncated_bytes: u64,
+    /// Set when complete.
+    pub exit_code: Option<i32>,
+    /// Microseconds from start to end, when complete.
+    pub execution_us: Option<i64>,
+    /// Microseconds of processor time, when complete.
+    pub cpu_us: Option<i64>,
+    /// It ran on a fresh VM because the session's earlier one had ended.
+    pub vm_restarted: bool,
+}
+
+/// A task to be stored.
+#[derive(Clone, Debug)]
+pub struct NewTask {
+    /// A fresh version 4 UUID.
+    pub id: String,
+    /// Its owner.
+    pub tenant: String,
+    /// The session it runs in.
+    pub session_id: String,
+    /// What it runs.
+    pub command: Command,
+    /// VMs that its owner's plan allows.
+    pub max_vms: u32,
+    /// The client's own name for the request.
+    pub idempotency_key: Option<String>,
+    /// SHA-256 of what the request asks for.
+    pub body_hash: [u8; 32],
+}
+
+/// What became of a task that was handed in.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Submitted {
+    /// It is stored.
+    New,
+    /// The same request was accepted before, as this task of this session.
+    Same {
+        /// The earlier task's id.
+        id: String,
+        /// Its session.
+        session_id: String,
+        /// When it was accepted.
+        created_ms: i64,
+    },
+    /// The idempotency key was used for a different request.
+    KeyReused,
+    /// The tenant has this many tasks waiting already.
+    Full(u32),
+}
+
+const COLUMNS: &str = "id, tenant, session_id, language, code, timeout_ms, max_vms, state,
+    created_ms, stdout, stderr, truncated_bytes, exit_code, execution_us, cpu_us, vm_restarted";
+
+impl NewTask {
+    /// Stores the task unless it is a repetition or the tenant has `limit` open tasks.
+    ///
+    /// # Errors
+    /// SQLite's.
+    pub fn insert(&self, connection: &mut Connection, limit: u32) -> rusqlite::Result<Submitted> {
+        let transaction =
+            connection.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
+        if let Some(key) = &self.idempotency_key {
+            let earlier: Option<(String, String, i64, Vec<u8>)> = transaction
+                .prepare_cached(
+                    "SELECT id, session_id, created_ms, body_hash FROM tasks
+                     WHERE tenant = ?1 AND idempotency_key = ?2",
+                )?
+                .query_row(params![self.tenant, key], |row| {
+                    Ok((row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?))
+                })
+                .optional()?;
+            if let Some((id, session_id, created_ms, hash)) = earlier {
+                return Ok(if hash == self.body_hash {
+                    Submitted::Same {
+                        id,
+                        session_id,
+                        created_ms,
+                    }
+                } else {
+                    Submitted::KeyReused
+                });
+            }
+        }
+        let open: u32 = transaction
+            .prepare_cached(
+                "SELECT count(*) FROM tasks WHERE state IN ('queued', 'running') AND tenant = ?1",
+            )?
+            .query_row([&self.tenant], |row| row.get(0))?;
+        if open >= limit {
+            return Ok(Submitted::Full(limit));
+        }
+        transaction
+            .prepare_cached(
+                "INSERT INTO tasks (id, tenant, session_id, language, code, timeout_ms, max_vms,
+                    idempotency_key, body_hash, state, created_ms)
+                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, 'queued', ?10)",
+            )?
+            .execute(params![
+                self.id,
+                self.tenant,
+                self.session_id,
+                language_name(self.command.language),
+                self.command.code,
+                self.command.timeout.as_millis() as i64,
+                self.max_vms,
+                self.idempotency_key,
+                self.body_hash.as_slice(),
+                now_ms(),
+            ])?;
+        transaction.commit()?;
+        Ok(Submitted::New)
+    }
+}
+
+/// How a task ended, as it is stored.
+#[derive(Clone, Debug)]
+pub struct TaskEnd {
+    /// The task.
+    pub id: String,
+    /// Its result.
+    pub outcome: Outcome,
+}
+
+impl TaskEnd {
+    /// Stores the result.
+    ///
+    /// # Errors
+    /// SQLite's.
+    pub fn store(&self, connection: &Connection) -> rusqlite::Result<()> {
+        let outcome = &self.outcome;
+        connection
+            .prepare_cached(
+                "UPDATE tasks SET state = 'done', finished_ms = ?2, stdout = ?3, stderr = ?4,
+                    truncated_bytes = ?5, exit_code = ?6, execution_us = ?7, cpu_us = ?8,
+                    vm_restarted = ?9 WHERE id = ?1",
+            )?
+            .execute(params![
+                self.id,
+                now_ms(),
+                outcome.stdout,
+                outcome.stderr,
+                outcome.truncated_bytes as i64,
+                outcome.exit_code,
+                outcome.execution_time.as_micros() as i64,
+                outcome.cpu_time.as_micros() as i64,
+                outcome.vm_restarted,
+            ])?;
+        Ok(())
+    }
+}
+
+impl TaskRow {
+    fn read(row: &Row<'_>) -> rusqlite::Result<Self> {
+        Ok(Self {
+            id: row.get(0)?,
+            tenant: row.get(1)?,
+            session_id: row.get(2)?,
+            command: Command {
+                language: parse_language(&row.get::<_, String>(3)?),
+                code: row.get(4)?,
+                timeout: std::time::Duration::from_millis(row.get::<_, i64>(5)?.max(0) as u64),
+                answer_within: None,
+            },
+            max_vms: row.get(6)?,
+            state: TaskState::parse(&row.get::<_, String>(7)?),
+            created_ms: row.get(8)?,
+            stdout: row.get(9)?,
+            stderr: row.get(10)?,
+            truncated_bytes: row.get::<_, i64>(11)?.max(0) as u64,
+            exit_code: row.get(12)?,
+            execution_us: row.get(13)?,
+            cpu_us: row.get(14)?,
+            vm_restarted: row.get(15)?,
+        })
+    }
+
+    /// The tenant's task of this id.
+    ///
+    /// # Errors
+    /// SQLite's.
+    pub fn find(connection: &Connection, tenant: &str, id: &str) -> rusqlite::Result<Option<Self>> {
+        connection
+            .prepare_cached(&format!(
+                "SELECT {COLUMNS} FROM tasks WHERE id = ?1 AND tenant = ?2"
+            ))?
+            .query_row(params![id, tenant], Self::read)
+            .optional()
+    }
+
+    /// Every task that waits, in the order of acceptance.
+    ///
+    /// # Errors
+    /// SQLite's.
+    pub fn queued(connection: &Connection) -> rusqlite::Result<Vec<Self>> {
+        connection
+            .prepare(&format!(
+                "SELECT {COLUMNS} FROM tasks WHERE state = 'queued' ORDER BY seq"
+            ))?
+            .query_map([], Self::read)?
+            .collect()
+    }
+
+    /// Notes that the task runs now.
+    ///
+    /// # Errors
+    /// SQLite's.
+    pub fn mark_running(connection: &Connection, id: &str) -> rusqlite::Result<()> {
+        connection
+            .prepare_cached("UPDATE tasks SET state = 'running', started_ms = ?2 WHERE id = ?1")?
+            .execute(params![id, now_ms()])?;
+        Ok(())
+    }
+
+    /// Puts a task that did not get to run back into the queue.
+    ///
+    /// # Errors
+    /// SQLite's.
+    pub fn mark_queued(connection: &Connection, id: &str) -> rusqlite::Result<()> {
+        connection
+            .prepare_cached("UPDATE tasks SET state = 'queued', started_ms = NULL WHERE id = ?1")?
+            .execute([id])?;
+        Ok(())
+    }
+
+    /// Notes what a running task has written so far.
+    ///
+    /// # Errors
+    /// SQLite's.
+    pub fn store_partial(
+        connection: &Connection,
+        id: &str,
+        stdout: &str,
+        stderr: &str,
+    ) -> rusqlite::Result<()> {
+        connection
+            .prepare_cached(
+                "UPDATE tasks SET stdout = ?2, stderr = ?3 WHERE id = ?1 AND state = 'running'",
+            )?
+            .execute(params![id, stdout, stderr])?;
+        Ok(())
+    }
+
+    /// At start-up: tasks that ran when the server stopped are interrupted, and say so. Their count.
+    ///
+    /// # Errors
+    /// SQLite's.
+    pub fn interrupt_running(
+        connection: &Connection,
+        note: &str,
+        exit_code: i32,
+    ) -> rusqlite::Result<usize> {
+        connection.execute(
+            "UPDATE tasks SET state = 'interrupted', finished_ms = ?1, exit_code = ?3,
+                execution_us = max(0, (?1 - coalesce(started_ms, ?1)) * 1000), cpu_us = 0,
+                stderr = stderr || CASE WHEN stderr = '' OR stderr LIKE '%' || char(10)
+                    THEN '' ELSE char(10) END || ?2
+             WHERE state = 'running'",
+            params![now_ms(), note, exit_code],
+        )
+    }
+
+    /// Forgets complete tasks that ended before `before_ms`, and the oldest complete ones beyond
+    /// `keep`. At most `batch` at a time, so that others get their turn. How many went.
+    ///
+    /// # Errors
+    /// SQLite's.
+    pub fn reap(
+        connection: &Connection,
+        before_ms: i64,
+        keep: u32,
+        batch: u32,
+    ) -> rusqlite::Result<usize> {
+        let old = connection.execute(
+            "DELETE FROM tasks WHERE seq IN (SELECT seq FROM tasks
+                WHERE finished_ms IS NOT NULL AND finished_ms < ?1 LIMIT ?2)",
+            params![before_ms, batch],
+        )?;
+        let many = connection.execute(
+            "DELETE FROM tasks WHERE seq IN (SELECT seq FROM tasks
+                WHERE finished_ms IS NOT NULL ORDER BY finished_ms DESC LIMIT ?2 OFFSET ?1)",
+            params![keep, batch],
+        )?;
+        Ok(old + many)
+    }
+
+    /// Forgets the oldest complete tasks, at most `batch`, while the file's content is larger than `most_bytes`.
+    /// How many went.
+    ///
+    /// # Errors
+    /// SQLite's.
+    pub fn reap_bytes(
+        connection: &Connection,
+        most_bytes: u64,
+        batch: u32,
+    ) -> rusqlite::Result<usize> {
+        let pragma = |name: &str| -> rusqlite::Result<i64> {
+            connection.query_row(&format!("PRAGMA {name}"), [], |row| row.get(0))
+        };
+        let pages = pragma("page_count")? - pragma("freelist_count")?;
+        let bytes = u64::try_from(pages * pragma("page_size")?).unwrap_or(0);
+        if bytes <= most_bytes {
+            return Ok(0);
+        }
+        connection.execute(
+            "DELETE FROM tasks WHERE seq IN (SELECT seq FROM tasks
+                WHERE finished_ms IS NOT NULL ORDER BY finished_ms LIMIT ?1)",
+            [batch],
+        )
+    }
+}
+
+/// A language's name in the database and in replies.
+pub fn language_name(language: Language) -> &'static str {
+    match language {
+        Language::Python => "python",
+        Language::Bash => "bash",
+        Language::Javascript => "javascript",
+    }
+}
+
+fn parse_language(name: &str) -> Language {
+    match name {
+        "bash" => Language::Bash,
+        "javascript" => Language::Javascript,
+        _ => Language::Python,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::scratch;
+    use std::time::Duration;
+
+    fn task(id: &str, key: Option<&str>, hash: u8) -> NewTask {
+        NewTask {
+            id: id.into(),
+            tenant: "t".into(),
+            session_id: "s".into(),
+            command: Command {
+                language: Language::Bash,
+                code: "true".into(),
+                timeout: Duration::from_secs(5),
+                answer_within: None,
+            },
+            max_vms: 3,
+            idempotency_key: key.map(Into::into),
+            body_hash: [hash; 32],
+        }
+    }
+
+    #[test]
+    fn a_repeated_key_finds_the_first_task_and_only_for_the_same_body() {
+        let (_dir, store) = scratch();
+        store
+            .call_blocking(|c| {
+                assert_eq!(task("1", Some("k"), 1).insert(c, 9)?, Submitted::New);
+                let again = task("2", Some("k"), 1).insert(c, 9)?;
+                assert!(matches!(again, Submitted::Same { id, .. } if id == "1"));
+                assert_eq!(task("3", Some("k"), 2).insert(c, 9)?, Submitted::KeyReused);
+                assert_eq!(task("4", None, 1).insert(c, 9)?, Submitted::New);
+                assert_eq!(task("5", None, 1).insert(c, 2)?, Submitted::Full(2));
+                Ok(())
+            })
+            .unwrap();
+    }
+
+    #[test]
+    fn running_tasks_are_interrupted_with_their_output_and_queued_ones_stay() {
+        let (_dir, store) = scratch();
+        store
+            .call_blocking(|c| {
+                task("1", None, 1).insert(c, 9)?;
+                task("2", None, 1).insert(c, 9)?;
+                TaskRow::mark_running(c, "1")?;
+                TaskRow::store_partial(c, "1", "half", "oops")?;
+                assert_eq!(TaskRow::interrupt_running(c, "note", 137)?, 1);
+                let one = TaskRow::find(c, "t", "1")?.unwrap();
+                assert_eq!(one.state, TaskState::Interrupted);
+                assert_eq!(
+                    (one.stdout.as_str(), one.stderr.as_str()),
+                    ("half", "oops\nnote")
+                );
+                assert_eq!(one.exit_code, Some(137));
+                let waiting = TaskRow::queued(c)?;
+                assert_eq!(waiting.len(), 1);
+                assert_eq!(waiting[0].id, "2");
+                assert_eq!(waiting[0].command.language, Language::Bash);
+                assert!(TaskRow::find(c, "other", "1")?.is_none());
+                Ok(())
+            })
+            .unwrap();
+    }
+
+    #[test]
+    fn only_complete_tasks_are_reaped() {
+        let (_dir, store) = scratch();
+        store
+            .call_blocking(|c| {
+                for id in ["1", "2", "3"] {
+                    task(id, None, 1).insert(c, 9)?;
+                }
+                for id in ["1", "2"] {
+                    let outcome = Outcome::default();
+                    TaskEnd {
+                        id: id.into(),
+                        outcome,
+                    }
+                    .store(c)?;
+                }
+                assert_eq!(TaskRow::reap(c, 0, 1, 10)?, 1);
+                assert_eq!(TaskRow::reap(c, now_ms() + 1, 1, 10)?, 1);
+                assert!(TaskRow::find(c, "t", "3")?.is_some());
+                Ok(())
+            })
+            .unwrap();
+    }
+}

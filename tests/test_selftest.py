@@ -1,0 +1,78 @@
+"""The guest checks its own processor and kernel; wide and large guests run."""
+
+import re
+
+import pytest
+
+import harness
+
+PATH = "/tmp/selftest"
+
+
+@pytest.fixture(scope="module")
+def program():
+    path = harness.ROOT / "target/x86_64-unknown-linux-gnu/guest/thaw-selftest"
+    assert path.is_file(), f"{path} is missing; `make guest` builds it"
+    return path.read_bytes()
+
+
+def run_selftest(session):
+    out = session.bash(PATH, timeout=280)
+    last = out["stdout"].strip().splitlines()[-1:]
+    failed = [line for line in out["stdout"].splitlines() if line.startswith("FAIL")]
+    assert last and re.fullmatch(r"\d+ passed, 0 failed", last[0]), f"{failed}\n{out['stdout'][-3000:]}{out['stderr'][-2000:]}"
+    assert out["exit_code"] == 0
+    assert int(last[0].split()[0]) > 10
+
+
+def test_the_self_test_passes_in_a_session(session, program):
+    session.upload(PATH, program)
+    run_selftest(session)
+
+
+def test_it_passes_again_after_it_ran_in_the_same_vm_and_in_another(server, program):
+    one, two = server.client().session(), server.client().session()
+    for session in (one, two):
+        session.upload(PATH, program)
+    first = harness.background(lambda: run_selftest(one.copy()))
+    run_selftest(two.copy())
+    first.result(timeout=280)
+    one.kill()
+    two.kill()
+
+
+def test_a_guest_of_four_gibibytes(server):
+    session = server.client().session(memory_mb=4096, vm_lifetime_seconds=600)
+    total = int(session.bash("awk '/MemTotal/ {print $2}' /proc/meminfo", timeout=300)["stdout"])
+    assert 3.5 < total / 2**20 <= 4
+    code = (
+        "import hashlib\n"
+        "block = bytes(range(256)) * 4096\n"
+        "pieces = [bytearray(block) for _ in range(2500)]\n"
+        "for i, piece in enumerate(pieces): piece[:4] = i.to_bytes(4, 'big')\n"
+        "assert all(int.from_bytes(piece[:4], 'big') == i and piece[4:] == block[4:] for i, piece in enumerate(pieces))\n"
+        "sum(map(len, pieces)) >> 20"
+    )
+    out = session.python(code, timeout=200)
+    assert out["stdout"] == "2500\n", out
+    session.kill()
+
+
+@pytest.mark.parametrize("memory_mb", [512, 1024])
+def test_the_guest_has_the_memory_that_was_asked_for(server, memory_mb):
+    session = server.client().session(memory_mb=memory_mb)
+    total = int(session.bash("awk '/MemTotal/ {print $2}' /proc/meminfo", timeout=300)["stdout"])
+    assert 0.75 * memory_mb < total / 1024 <= memory_mb
+    session.kill()
+
+
+def test_programs_of_other_kinds_fail_cleanly(session):
+    # The head of a 32-bit program; its kernel has no way to run one here.
+    elf32 = bytes.fromhex(
+        "7f454c4601010100000000000000000002000300010000005480040834000000000000000000000034002000010000000000000001000000"
+        "00000000008004080080040860000000600000000500000000100000b801000000bb2a000000cd80"
+    )
+    session.upload("/tmp/elf32", elf32)
+    out = session.bash("/tmp/elf32")
+    assert out["exit_code"] != 0 and out["timed_out"] is False
+    assert session.bash("echo fine")["stdout"] == "fine\n"

@@ -1,0 +1,17 @@
+//! Instructions that ask the host's processor.
+
+use std::arch::x86_64::{__cpuid_count, _rdtsc};
+
+/// The time stamp counter.
+#[must_use]
+pub fn tsc() -> u64 {
+    // SAFETY: RDTSC is permitted to processes on every Linux host.
+    unsafe { _rdtsc() }
+}
+
+/// CPUID: eax, ebx, ecx, edx.
+#[must_use]
+pub fn cpuid(leaf: u32, subleaf: u32) -> [u32; 4] {
+    let result = __cpuid_count(leaf, subleaf);
+    [result.eax, result.ebx, result.ecx, result.edx]
+}

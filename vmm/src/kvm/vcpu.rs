@@ -1,0 +1,369 @@
+//! One vCPU: running it, and its registers.
+
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU8, Ordering};
+
+use kvm_bindings::{
+    CpuId, KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_IO_IN, KVM_SYNC_X86_EVENTS, KVM_SYNC_X86_REGS,
+    KVM_SYNC_X86_SREGS, Msrs, kvm_debugregs, kvm_msr_entry, kvm_regs, kvm_run, kvm_sregs,
+    kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+};
+use kvm_ioctls::{VcpuExit, VcpuFd};
+
+use super::{KvmError, failed};
+
+/// Why `KVM_RUN` came back.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Stop {
+    /// The guest wrote to a port.
+    Out {
+        /// The port.
+        port: u16,
+        /// The value, zero-extended; of a string instruction, its first four bytes.
+        value: u32,
+    },
+    /// The guest reads from a port; answer with [`Vcpu::answer_in`].
+    In {
+        /// The port.
+        port: u16,
+    },
+    /// A signal arrived or the immediate-exit flag was set.
+    Interrupted,
+    /// The guest executed `hlt` at CPL0.
+    Halted,
+    /// Triple fault.
+    TripleFault,
+    /// KVM could not go on, in its words.
+    Failed(String),
+}
+
+/// Makes `KVM_RUN` return, or not start: a pointer to the vCPU's immediate-exit flag.
+///
+/// [`InterruptHandle::raise`] is one atomic byte store, so a signal handler may call it: keep the
+/// pointer ([`InterruptHandle::into_raw`]) in an `AtomicPtr`, and set that to null before the
+/// machine is dropped. The flag stays set until [`Vcpu::run`] has reported `Interrupted` once, so
+/// a signal that arrives just before `KVM_RUN` is not lost.
+#[derive(Clone, Copy, Debug)]
+pub struct InterruptHandle(*mut u8);
+
+impl InterruptHandle {
+    /// The raw flag. It belongs to the mapping of the vCPU and is gone with it.
+    #[must_use]
+    pub fn into_raw(self) -> *mut u8 {
+        self.0
+    }
+
+    /// Sets the flag behind a pointer from [`Self::into_raw`]; does nothing with a null pointer. Async-signal-safe.
+    ///
+    /// # Safety
+    /// The pointer is null or its vCPU is alive.
+    pub unsafe fn raise(flag: *mut u8) {
+        if !flag.is_null() {
+            // SAFETY: the caller vouches that the vCPU's mapping is alive; a byte is always aligned.
+            unsafe { AtomicU8::from_ptr(flag) }.store(1, Ordering::Relaxed);
+        }
+    }
+}
+
+/// Value of the immediate-exit flag while [`Vcpu::settle`] uses it; a signal handler stores 1.
+const SETTLING: u8 = 2;
+
+/// One vCPU.
+#[derive(Debug)]
+pub struct Vcpu {
+    fd: VcpuFd,
+    /// The page shared with KVM, mapped as long as `fd` lives.
+    shared: NonNull<kvm_run>,
+}
+
+// SAFETY: the pointer is to a mapping that `fd` owns and that no thread is tied to.
+unsafe impl Send for Vcpu {}
+
+impl Vcpu {
+    pub(super) fn new(mut fd: VcpuFd) -> Self {
+        let run = fd.get_kvm_run();
+        run.kvm_valid_regs =
+            u64::from(KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS | KVM_SYNC_X86_EVENTS);
+        let shared = NonNull::from(run);
+        Self { fd, shared }
+    }
+
+    fn shared(&self) -> &kvm_run {
+        // SAFETY: mapped as long as `self.fd` lives; KVM writes it only inside `run`, which borrows `self` mutably.
+        unsafe { self.shared.as_ref() }
+    }
+
+    fn shared_mut(&mut self) -> &mut kvm_run {
+        // SAFETY: as above, and `self` is borrowed mutably. A signal handler may store to the immediate-exit byte
+        // at any time, which is why that byte is only ever accessed as an atomic.
+        unsafe { self.shared.as_mut() }
+    }
+
+    /// Runs the guest until it needs the host.
+    ///
+    /// # Errors
+    /// `KVM_RUN` fails with anything but EINTR (EAGAIN counts as EINTR).
+    pub fn run(&mut self) -> Result<Stop, KvmError> {
+        let stop = self.enter()?;
+        if stop == Stop::Interrupted {
+            self.flag().store(0, Ordering::Relaxed);
+        }
+        Ok(stop)
+    }
+
+    fn enter(&mut self) -> Result<Stop, KvmError> {
+        let result = self.fd.run().map(|exit| match exit {
+            VcpuExit::IoOut(port, data) => {
+                let mut value = [0; 4];
+                let used = data.len().min(4);
+                value[..used].copy_from_slice(&data[..used]);
+                Stop::Out {
+                    port,
+                    value: u32::from_le_bytes(value),
+                }
+            }
+            VcpuExit::IoIn(port, _) => Stop::In { port },
+            VcpuExit::Intr => Stop::Interrupted,
+            VcpuExit::Hlt => Stop::Halted,
+            VcpuExit::Shutdown => Stop::TripleFault,
+            other => Stop::Failed(format!("{other:?}")),
+        });
+        self.shared_mut().kvm_dirty_regs = 0;
+        match result {
+            Ok(Stop::Failed(text)) => Ok(Stop::Failed(self.describe_failure(text))),
+            Ok(stop) => Ok(stop),
+            Err(error) if error.errno() == libc::EINTR || error.errno() == libc::EAGAIN => {
+                Ok(Stop::Interrupted)
+            }
+            Err(error) => Err(failed("KVM_RUN")(error)),
+        }
+    }
+
+    fn describe_failure(&self, text: String) -> String {
+        let run = self.shared();
+        if run.exit_reason != KVM_EXIT_INTERNAL_ERROR {
+            return text;
+        }
+        // SAFETY: the exit reason is KVM_EXIT_INTERNAL_ERROR, so `internal` is the union's live member.
+        let internal = unsafe { run.__bindgen_anon_1.internal };
+        let bytes: Vec<String> = internal.data[1..4]
+            .iter()
+            .map(|word| format!("{word:016x}"))
+            .collect();
+        format!(
+            "internal error {} of KVM (1: an instruction it cannot emulate) {}",
+            internal.suberror,
+            bytes.join(" ")
+        )
+    }
+
+    fn flag(&self) -> &AtomicU8 {
+        // SAFETY: the flag of this very vCPU, mapped as long as `self`; a signal handler may store to it at any
+        // time, and nobody accesses it but as an atomic.
+        unsafe { AtomicU8::from_ptr(&raw mut (*self.shared.as_ptr()).immediate_exit) }
+    }
+
+    /// Completes whatever the last exit left half done (a port access) and loads changed registers. The
+    /// guest executes nothing. A signal that arrives meanwhile still ends the next [`Self::run`].
+    ///
+    /// # Errors
+    /// As [`Self::run`].
+    pub fn settle(&mut self) -> Result<(), KvmError> {
+        let before = self.flag().swap(SETTLING, Ordering::Relaxed);
+        let stop = self.enter()?;
+        // If a handler stored meanwhile, its value stays.
+        self.flag()
+            .compare_exchange(SETTLING, before, Ordering::Relaxed, Ordering::Relaxed)
+            .ok();
+        match stop {
+            Stop::Interrupted => Ok(()),
+            other => Err(KvmError::Ioctl {
+                what: "KVM_RUN with immediate exit",
+                source: std::io::Error::other(format!("{other:?}")),
+            }),
+        }
+    }
+
+    /// Fills the answer to a [`Stop::In`] with copies of one byte.
+    pub fn answer_in(&mut self, byte: u8) {
+        let run = self.shared_mut();
+        // SAFETY: called after an IO exit, so `io` is the union's live member.
+        let io = unsafe { run.__bindgen_anon_1.io };
+        if u32::from(io.direction) != KVM_EXIT_IO_IN {
+            return;
+        }
+        let length = usize::from(io.size) * io.count as usize;
+        let base: *mut u8 = (&raw mut *run).cast();
+        // SAFETY: KVM places the data of an IO exit inside the vCPU's mapping at this offset.
+        unsafe {
+            std::ptr::write_bytes(
+                base.add(usize::try_from(io.data_offset).unwrap_or(0)),
+                byte,
+                length,
+            )
+        };
+    }
+
+    /// The handle that makes [`Self::run`] return.
+    pub fn interrupt_handle(&mut self) -> InterruptHandle {
+        InterruptHandle(&raw mut self.shared_mut().immediate_exit)
+    }
+
+    /// General registers, as of the last stop.
+    #[must_use]
+    pub fn regs(&self) -> &kvm_regs {
+        // SAFETY: the union has one real member besides its padding.
+        unsafe { &self.shared().s.regs.regs }
+    }
+
+    /// General registers to change; loaded at the next [`Self::run`].
+    pub fn regs_mut(&mut self) -> &mut kvm_regs {
+        let run = self.shared_mut();
+        run.kvm_dirty_regs |= u64::from(KVM_SYNC_X86_REGS);
+        // SAFETY: the union has one real member besides its padding.
+        unsafe { &mut run.s.regs.regs }
+    }
+
+    /// System registers, as of the last stop.
+    #[must_use]
+    pub fn sregs(&self) -> &kvm_sregs {
+        // SAFETY: the union has one real member besides its padding.
+        unsafe { &self.shared().s.regs.sregs }
+    }
+
+    /// System registers to change; loaded at the next [`Self::run`].
+    pub fn sregs_mut(&mut self) -> &mut kvm_sregs {
+        let run = self.shared_mut();
+        run.kvm_dirty_regs |= u64::from(KVM_SYNC_X86_SREGS);
+        // SAFETY: the union has one real member besides its padding.
+        unsafe { &mut run.s.regs.sregs }
+    }
+
+    /// Exceptions and interrupts in flight, as of the last stop.
+    #[must_use]
+    pub fn events(&self) -> &kvm_vcpu_events {
+        // SAFETY: the union has one real member besides its padding.
+        unsafe { &self.shared().s.regs.events }
+    }
+
+    /// Loads events at the next [`Self::run`].
+    pub fn set_events(&mut self, events: kvm_vcpu_events) {
+        let run = self.shared_mut();
+        run.kvm_dirty_regs |= u64::from(KVM_SYNC_X86_EVENTS);
+        run.s.regs.events = events;
+    }
+
+    /// Fills the shared registers from KVM; needed once before the first run.
+    ///
+    /// # Errors
+    /// An ioctl fails.
+    pub fn fetch(&mut self) -> Result<(), KvmError> {
+        let regs = self.fd.get_regs().map_err(failed("KVM_GET_REGS"))?;
+        let sregs = self.fd.get_sregs().map_err(failed("KVM_GET_SREGS"))?;
+        let run = self.shared_mut();
+        run.s.regs.regs = regs;
+        run.s.regs.sregs = sregs;
+        Ok(())
+    }
+
+    /// What CPUID shows to the guest where KVM executes it.
+    ///
+    /// # Errors
+    /// The ioctl fails.
+    pub fn set_cpuid(&self, cpuid: &CpuId) -> Result<(), KvmError> {
+        self.fd.set_cpuid2(cpuid).map_err(failed("KVM_SET_CPUID2"))
+    }
+
+    /// Frequency of the guest's time stamp counter, kHz.
+    ///
+    /// # Errors
+    /// The ioctl fails.
+    pub fn tsc_khz(&self) -> Result<u32, KvmError> {
+        self.fd.get_tsc_khz().map_err(failed("KVM_GET_TSC_KHZ"))
+    }
+
+    /// Writes model-specific registers; a register that KVM refuses is an error.
+    ///
+    /// # Errors
+    /// The ioctl fails or stops short.
+    pub fn set_msrs(&self, registers: &[(u32, u64)]) -> Result<(), KvmError> {
+        let entries: Vec<kvm_msr_entry> = registers
+            .iter()
+            .map(|&(index, data)| kvm_msr_entry {
+                index,
+                data,
+                ..Default::default()
+            })
+            .collect();
+        let msrs =
+            Msrs::from_entries(&entries).map_err(|_| KvmError::Lacks("room for that many MSRs"))?;
+        let done = self.fd.set_msrs(&msrs).map_err(failed("KVM_SET_MSRS"))?;
+        if done == entries.len() {
+            Ok(())
+        } else {
+            let refused = entries.get(done).map_or(0, |entry| entry.index);
+            Err(KvmError::Ioctl {
+                what: "KVM_SET_MSRS",
+                source: std::io::Error::other(format!("register {refused:#x} was refused")),
+            })
+        }
+    }
+
+    /// Extended state (x87, SSE, AVX...).
+    ///
+    /// # Errors
+    /// The ioctl fails.
+    pub fn xsave(&self) -> Result<kvm_xsave, KvmError> {
+        self.fd.get_xsave().map_err(failed("KVM_GET_XSAVE"))
+    }
+
+    /// Loads extended state.
+    ///
+    /// # Errors
+    /// The ioctl fails.
+    pub fn set_xsave(&self, state: &kvm_xsave) -> Result<(), KvmError> {
+        // SAFETY: features whose state exceeds `kvm_xsave` (AMX) are enabled by a request to the kernel that thaw never makes.
+        unsafe { self.fd.set_xsave(state) }.map_err(failed("KVM_SET_XSAVE"))
+    }
+
+    /// Extended control registers.
+    ///
+    /// # Errors
+    /// The ioctl fails.
+    pub fn xcrs(&self) -> Result<kvm_xcrs, KvmError> {
+        self.fd.get_xcrs().map_err(failed("KVM_GET_XCRS"))
+    }
+
+    /// Loads XCR0.
+    ///
+    /// # Errors
+    /// The host lacks a feature in it.
+    pub fn set_xcr0(&self, value: u64) -> Result<(), KvmError> {
+        let mut registers = kvm_xcrs {
+            nr_xcrs: 1,
+            ..Default::default()
+        };
+        registers.xcrs[0].value = value;
+        self.fd.set_xcrs(&registers).map_err(failed("KVM_SET_XCRS"))
+    }
+
+    /// Debug registers.
+    ///
+    /// # Errors
+    /// The ioctl fails.
+    pub fn debug_regs(&self) -> Result<kvm_debugregs, KvmError> {
+        self.fd
+            .get_debug_regs()
+            .map_err(failed("KVM_GET_DEBUGREGS"))
+    }
+
+    /// Loads debug registers.
+    ///
+    /// # Errors
+    /// The ioctl fails.
+    pub fn set_debug_regs(&self, registers: &kvm_debugregs) -> Result<(), KvmError> {
+        self.fd
+            .set_debug_regs(registers)
+            .map_err(failed("KVM_SET_DEBUGREGS"))
+    }
+}

@@ -1,0 +1,267 @@
+//! Making a machine: from a kernel, or from a saved state.
+
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+
+use anyhow::Context;
+use kvm_bindings::{CpuId, kvm_segment};
+
+use super::console::Console;
+use super::events::{self, Events};
+use super::layout::*;
+use super::state::{self, Facts, PvState, Saved};
+use super::time::Clock;
+use super::{Counts, PvMachine, area, start};
+use crate::kvm::kick::KickTimer;
+use crate::kvm::{Host, Vcpu, Vm};
+use crate::machine::probe::{Probe, SyscallPath};
+use crate::memory::GuestMemory;
+use crate::protocol::Tuning;
+
+/// Kernel command line that this machine wants; more may be appended.
+///
+/// `noreplace-smp` saves the kernel 0.2 s of patching at boot; `mitigations=off` because what they
+/// protect, kernel from process, is no boundary here; `panic=-1` ends the VM at a panic instead of hanging.
+pub const CMDLINE: &str = "console=hvc0 mitigations=off noreplace-smp quiet panic=-1 oops=panic";
+
+const MSR_STAR: u32 = 0xc000_0081;
+const MSR_LSTAR: u32 = 0xc000_0082;
+const MSR_SFMASK: u32 = 0xc000_0084;
+/// SYSCALL takes CS and SS of CPL0 from bits 32.., SYSRET those of CPL3 from bits 48...
+const STAR: u64 = 0x23 << 48 | CODE_CPL0 << 32;
+/// Cleared at SYSCALL: trap, direction, nested task, alignment check.
+const SFMASK: u64 = 0x4_4500;
+
+/// PG, WP, NE, ET, MP, PE. AM stays off: alignment is checked by nobody but hosts whose processor does it anyway.
+const CR0: u64 = 0x8001_0033;
+/// PAE, OSFXSR, OSXMMEXCPT, OSXSAVE, and FSGSBASE (shim and processes use it).
+const CR4: u64 = 0x5_0620 | FSGSBASE;
+const FSGSBASE: u64 = 1 << 16;
+/// CR4 as the guest's kernel first sees it.
+const GUEST_CR4: u64 = 0x620 | 1 << 18;
+/// Long mode, NX, SYSCALL.
+const EFER: u64 = 0xd01;
+
+/// How to boot.
+#[derive(Debug)]
+pub struct BootConfig<'a> {
+    /// Guest memory, MiB ([`MEMORY_MIB`]).
+    pub memory_mib: u32,
+    /// Kernel command line; usually [`CMDLINE`].
+    pub cmdline: &'a str,
+    /// An ELF `vmlinux`.
+    pub kernel: &'a File,
+    /// The initramfs (cpio, possibly compressed).
+    pub initramfs: &'a File,
+    /// Options.
+    pub tuning: Tuning,
+    /// What [`crate::machine::probe`] found on this host.
+    pub probe: &'a Probe,
+}
+
+/// Boots a VM. Nothing runs until [`crate::machine::Machine::run`], which must be called on the thread that called this.
+///
+/// # Errors
+/// A kernel that cannot be booted this way, sizes out of range, or a refusal of KVM.
+pub fn boot(config: &BootConfig<'_>) -> anyhow::Result<PvMachine> {
+    let layout = Layout::new(config.memory_mib)?;
+    let memory = Arc::new(GuestMemory::anonymous(layout.size)?);
+    memory.prefer_huge_pages();
+    let start = start::load(
+        &memory,
+        &layout,
+        config.kernel,
+        config.initramfs,
+        config.cmdline,
+    )?;
+    let syscall = if config.tuning.force_bounce {
+        SyscallPath::Bounce
+    } else {
+        config.probe.syscall
+    };
+    area::build(&memory, &layout, syscall)?;
+    let events = Events::new(&layout);
+    events.mask_all(&memory)?;
+
+    let host = Host::open()?;
+    let mut vm = host.create_vm(memory.clone())?;
+    let cpuid = host.supported_cpuid()?;
+    vm.vcpu.set_cpuid(&cpuid)?;
+    let tsc_khz = vm.vcpu.tsc_khz()?;
+    load_msrs(&vm.vcpu, syscall)?;
+    vm.vcpu.fetch()?;
+    set_system_registers(&mut vm.vcpu, start.page_table);
+    let regs = vm.vcpu.regs_mut();
+    regs.rip = start.entry;
+    regs.rsi = start.start_info;
+    regs.rsp = start.stack;
+    regs.rflags = 0x202;
+
+    let machine = PvMachine {
+        timer: KickTimer::new()?,
+        vm,
+        layout,
+        state: PvState {
+            events,
+            deadline: None,
+            time_area: None,
+            cr4: GUEST_CR4,
+            halted: false,
+            console_ring: start.console,
+            syscall,
+        },
+        facts: Facts::here(tsc_khz),
+        cpuid: cpuid.as_slice().to_vec(),
+        clock: Clock::starting_at(0, tsc_khz),
+        console: Console::default(),
+        counts: Counts::default(),
+        armed: None,
+        at_port: false,
+        retry: false,
+        postponed: 0,
+        ended: false,
+    };
+    for (field, value) in [
+        (COMM_KERNEL_MODE, 1),
+        (COMM_VCPU_INFO, DIRECT_BASE + layout.area + AREA_SHARED_INFO),
+        (COMM_CR3, start.page_table),
+        (COMM_AREA, layout.area),
+    ] {
+        machine.set_comm(field, value)?;
+    }
+    machine.publish_clock()?;
+    set_wall_clock(&memory, &layout)?;
+    Ok(machine)
+}
+
+/// Restores a VM from [`crate::machine::Machine::save`]'s blob and its memory, of which it gets a private view.
+/// Nothing runs until [`crate::machine::Machine::run`], which must be called on the thread that called this.
+/// The working set is best prefaulted (`machine.memory().prefault(..)`) before the first run.
+///
+/// The system call path is the saved one, which `tuning` cannot change; a host that lacks it is refused by the probe's caller.
+///
+/// # Errors
+/// A blob that is damaged or of another version, a host that lacks what the VM was saved with (the message says what), or a refusal of KVM.
+pub fn restore(state: &[u8], memory: OwnedFd, tuning: Tuning) -> anyhow::Result<PvMachine> {
+    let host = Host::open()?;
+    // The frequency is only known with a vCPU: it is checked below, everything else before memory is touched.
+    let (saved, layout) = state::decode(state, || Facts::here(0))?;
+    let memory = Arc::new(GuestMemory::private_view(memory.as_fd(), layout.size)?);
+    let mut vm = host.create_vm(memory)?;
+    let tsc_khz = vm.vcpu.tsc_khz()?;
+    saved.facts.check_tsc(tsc_khz)?;
+    anyhow::ensure!(
+        !tuning.force_bounce || saved.pv.syscall == SyscallPath::Bounce,
+        "the VM was saved with the native system call path and cannot take the other one now"
+    );
+    load_vcpu(&mut vm, &saved)?;
+    let machine = PvMachine {
+        timer: KickTimer::new()?,
+        vm,
+        layout,
+        state: saved.pv,
+        facts: saved.facts,
+        cpuid: saved.cpuid,
+        clock: Clock::starting_at(saved.now, tsc_khz),
+        console: Console::default(),
+        counts: Counts::default(),
+        armed: None,
+        at_port: false,
+        retry: false,
+        postponed: 0,
+        ended: false,
+    };
+    machine.publish_clock()?;
+    Ok(machine)
+}
+
+fn load_vcpu(vm: &mut Vm, saved: &Saved) -> anyhow::Result<()> {
+    let cpuid = CpuId::from_entries(&saved.cpuid)
+        .ok()
+        .context("the VM's state is damaged: it lists too many CPUID leaves")?;
+    let vcpu = &mut vm.vcpu;
+    vcpu.set_cpuid(&cpuid)?;
+    load_msrs(vcpu, saved.pv.syscall)?;
+    vcpu.fetch()?;
+    *vcpu.sregs_mut() = saved.sregs;
+    *vcpu.regs_mut() = saved.regs;
+    vcpu.set_events(saved.events);
+    // XSAVE state is checked against XCR0, which needs CR4.OSXSAVE, so registers are loaded now and not at the first run.
+    vcpu.settle().context("loading the VM's registers")?;
+    vcpu.set_xcr0(saved.xcr0)?;
+    Ok(vcpu.set_xsave(&saved.xsave)?)
+}
+
+fn load_msrs(vcpu: &Vcpu, syscall: SyscallPath) -> anyhow::Result<()> {
+    let entry = match syscall {
+        SyscallPath::Native => SHIM_SYSCALL,
+        SyscallPath::Bounce => CPL0_SYSCALL,
+    };
+    Ok(vcpu.set_msrs(&[
+        (MSR_STAR, STAR),
+        (MSR_LSTAR, AREA_BASE + entry),
+        (MSR_SFMASK, SFMASK),
+    ])?)
+}
+
+fn set_system_registers(vcpu: &mut Vcpu, page_table: u64) {
+    let flat = kvm_segment {
+        limit: 0xffff_ffff,
+        present: 1,
+        dpl: 3,
+        s: 1,
+        g: 1,
+        ..Default::default()
+    };
+    let null = kvm_segment {
+        type_: 3,
+        db: 1,
+        ..flat
+    };
+    let sregs = vcpu.sregs_mut();
+    sregs.cs = kvm_segment {
+        selector: CODE_CPL3 as u16,
+        type_: 11,
+        l: 1,
+        ..flat
+    };
+    sregs.ss = kvm_segment {
+        selector: DATA_CPL3 as u16,
+        type_: 3,
+        db: 1,
+        ..flat
+    };
+    (sregs.ds, sregs.es, sregs.fs, sregs.gs) = (null, null, null, null);
+    sregs.tr.base = AREA_BASE + AREA_TSS;
+    sregs.tr.limit = (TSS_SIZE - 1) as u32;
+    sregs.tr.present = 1;
+    sregs.tr.type_ = 11;
+    sregs.tr.selector = 0x40;
+    (sregs.idt.base, sregs.idt.limit) = (AREA_BASE + AREA_IDT, 0xfff);
+    (sregs.gdt.base, sregs.gdt.limit) = (AREA_BASE + AREA_GDT, 0x7f);
+    (sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer) = (CR0, page_table, CR4, EFER);
+}
+
+/// The time of day at boot, in the shared-info page: version, seconds, nanoseconds.
+fn set_wall_clock(memory: &GuestMemory, layout: &Layout) -> anyhow::Result<()> {
+    let now = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .context("the host's clock shows a time before 1970")?;
+    let at = layout.area + AREA_SHARED_INFO + events::WALL_CLOCK;
+    let seconds = (now.as_secs() & 0xffff_ffff) as u32;
+    let words = [2, seconds, now.subsec_nanos(), (now.as_secs() >> 32) as u32];
+    Ok(memory.write(at, words.map(u32::to_le_bytes).as_flattened())?)
+}
+
+impl PvMachine {
+    fn publish_clock(&self) -> anyhow::Result<()> {
+        let memory = self.vm.memory();
+        self.clock
+            .publish(memory, self.state.events.vcpu_info + events::TIME)?;
+        if let Some(area) = self.state.time_area {
+            self.clock.publish(memory, area)?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,227 @@
+/*
+ * Page tables. The guest kernel asks for changes as a Xen guest does; machine addresses are
+ * guest-physical addresses, and nothing is validated: a guest can only harm itself, the
+ * boundary that protects others is KVM's. Two rules make a kernel run at CPL3:
+ *   - every present entry carries the USER bit;
+ *   - requests to make page-table pages read-only are ignored, so that nothing traps.
+ */
+#include "shim.h"
+
+#define UPDATE_PRESERVES_AD 2
+#define UPDATE_M2P 1
+
+#define FLUSH_MASK 3
+#define FLUSH_ALL 1
+#define FLUSH_PAGE 2
+
+/* The kernel's direct map and image: where page-table pages are written through. */
+#define KERNEL_DIRECT 0xffff888000000000ul
+#define KERNEL_DIRECT_END 0xffffc88000000000ul
+#define KERNEL_IMAGE 0xffffffff80000000ul
+#define KERNEL_IMAGE_END 0xffffffffc0000000ul
+
+/* End of the addresses of processes. */
+#define USER_END 0x800000000000ul
+
+/* Slots 256 to 271 are the hypervisor's in every Xen page table. */
+#define FIRST_XEN_SLOT 256
+#define AFTER_XEN_SLOTS 272
+
+enum { PIN_L1, PIN_L2, PIN_L3, PIN_L4, UNPIN, NEW_BASE, FLUSH_LOCAL, INVLPG_LOCAL, FLUSH_MULTI, INVLPG_MULTI,
+       FLUSH_EVERYWHERE, INVLPG_EVERYWHERE, FLUSH_CACHE, SET_LDT, NEW_USER_BASE = 15 };
+
+static u64 reachable(u64 entry)
+{
+	return entry & PTE_PRESENT ? entry | PTE_USER : entry;
+}
+
+static void make_table_reachable(u64 table, int level, int deep)
+{
+	volatile u64 *entries = direct(table);
+	for (int i = 0; i < 512; i++) {
+		u64 entry = entries[i];
+		if (!(entry & PTE_PRESENT))
+			continue;
+		if (level == 4 && i >= FIRST_XEN_SLOT && i < AFTER_XEN_SLOTS)
+			continue;
+		if (!(entry & PTE_USER))
+			entries[i] = entry | PTE_USER;
+		if (deep && level > 1 && !(entry & PTE_LARGE))
+			make_table_reachable(entry & PTE_FRAME, level - 1, deep);
+	}
+}
+
+/* Adds the USER bit wherever the path to `address` lacks it; returns whether it did. */
+int make_reachable(u64 address)
+{
+	u64 table = comm.cr3 & PTE_FRAME;
+	int changed = 0;
+	for (int level = 4; level >= 1; level--) {
+		volatile u64 *slot = &direct(table)[(address >> (12 + 9 * (level - 1))) & 511];
+		u64 entry = *slot;
+		if (!(entry & PTE_PRESENT))
+			return 0;
+		if (!(entry & PTE_USER)) {
+			*slot = entry | PTE_USER;
+			changed = 1;
+		}
+		if (entry & PTE_LARGE)
+			break;
+		table = entry & PTE_FRAME;
+	}
+	return changed;
+}
+
+static volatile u64 *leaf(u64 address)
+{
+	u64 table = comm.cr3 & PTE_FRAME;
+	for (int level = 4; level > 1; level--) {
+		u64 entry = direct(table)[(address >> (12 + 9 * (level - 1))) & 511];
+		if (!(entry & PTE_PRESENT) || (entry & PTE_LARGE))
+			return 0;
+		table = entry & PTE_FRAME;
+	}
+	return &direct(table)[(address >> 12) & 511];
+}
+
+/*
+ * Invalidating a page costs 20 microseconds here, and the fault after it as much again. The kernel
+ * asks for it most often when it breaks copy-on-write: it clears the entry, invalidates, copies, and sets
+ * a writable entry. So the invalidation of a user page is put off until the kernel
+ * sets that entry, when a write to the page replaces whatever is cached, or does anything else
+ * after which the stale entry could be used: at the latest when it returns to user mode.
+ */
+static void put_off_flush(u64 address)
+{
+	flush_pending();
+	if (address < USER_END)
+		comm.pending = address | 1;
+	else
+		flush_page(address);
+}
+
+static void touch_if_pending(volatile u64 *slot, u64 entry)
+{
+	u64 wanted = PTE_PRESENT | PTE_WRITE | PTE_USER;
+	u64 address = comm.pending & ~(PAGE_SIZE - 1);
+	u64 table = comm.cr3 & PTE_FRAME;
+	if ((entry & wanted) != wanted)
+		return;
+	for (int level = 4; level > 1; level--) {
+		u64 upper = direct(table)[(address >> (12 + 9 * (level - 1))) & 511];
+		if ((upper & wanted) != wanted || (upper & PTE_LARGE))
+			return;
+		table = upper & PTE_FRAME;
+	}
+	if (slot != &direct(table)[(address >> 12) & 511])
+		return;
+	count(COUNT_TOUCHES);
+	comm.pending = 0;
+	__asm__ volatile("lock orb $0, (%0)" : : "r"(address) : "memory", "cc");
+}
+
+long mmu_update(const u64 *requests, u64 number)
+{
+	for (; number; number--, requests += 2) {
+		u64 pointer = requests[0] & ~7ul;
+		u64 value = requests[1];
+		count(COUNT_PTE_WRITES);
+		if ((requests[0] & 3) == UPDATE_M2P) {
+			((volatile u64 *)(AREA_BASE + AREA_M2P))[pointer >> 12] = value;
+			continue;
+		}
+		value = reachable(value);
+		if ((requests[0] & 3) == UPDATE_PRESERVES_AD)
+			value |= *direct(pointer) & PTE_ACCESSED_DIRTY;
+		*direct(pointer) = value;
+		if (comm.pending)
+			touch_if_pending(direct(pointer), value);
+	}
+	return 0;
+}
+
+long update_va_mapping(u64 address, u64 value, u64 flags)
+{
+	volatile u64 *slot = leaf(address);
+	count(COUNT_VA_WRITES);
+	if (!slot)
+		return -EINVAL;
+	if ((value & (PTE_PRESENT | PTE_USER)) == PTE_PRESENT &&
+	    ((address >= KERNEL_DIRECT && address < KERNEL_DIRECT_END) || (address >= KERNEL_IMAGE && address < KERNEL_IMAGE_END)))
+		value |= PTE_WRITE;
+	value = reachable(value);
+	u64 old = *slot;
+	if (!((old ^ value) & ~PTE_ACCESSED_DIRTY))
+		return 0;
+	*slot = value;
+	if (!(old & PTE_PRESENT))
+		return 0;
+	if ((flags & FLUSH_MASK) == FLUSH_ALL)
+		flush_tlb();
+	else if ((flags & FLUSH_MASK) == FLUSH_PAGE || ((old ^ value) & PTE_FRAME) || ((old & ~value) & PTE_WRITE))
+		flush_page(address);
+	return 0;
+}
+
+/* A page table must map the area and the direct map before it is loaded. */
+static void load_base(u64 table)
+{
+	volatile u64 *entries = direct(table);
+	u64 area = (comm.area + AREA_SLOT_L3) | 0x67;
+	u64 everything = (comm.area + AREA_DIRECT_L3) | 0x67;
+	if ((entries[AREA_SLOT] | PTE_ACCESSED_DIRTY) != area)
+		entries[AREA_SLOT] = area;
+	if ((entries[DIRECT_SLOT] | PTE_ACCESSED_DIRTY) != everything)
+		entries[DIRECT_SLOT] = everything;
+	comm.cr3 = table;
+	load_cr3(table);
+}
+
+struct operation {
+	u32 command;
+	u32 pad;
+	u64 argument;
+	u64 argument2;
+};
+
+long mmuext_op(const void *operations, u64 number)
+{
+	const struct operation *operation = operations;
+	for (; number; number--, operation++) {
+		u64 table = operation->argument << 12;
+		switch (operation->command) {
+		case PIN_L1:
+		case PIN_L2:
+		case PIN_L3:
+			count(COUNT_PINS);
+			make_table_reachable(table, (int)operation->command + 1, 0);
+			break;
+		case PIN_L4:
+			count(COUNT_PINS);
+			make_table_reachable(table, 4, !comm.booted);
+			comm.booted = 1;
+			break;
+		case NEW_BASE:
+			load_base(table);
+			break;
+		case FLUSH_LOCAL:
+		case FLUSH_MULTI:
+		case FLUSH_EVERYWHERE:
+			flush_tlb();
+			break;
+		case INVLPG_LOCAL:
+		case INVLPG_MULTI:
+		case INVLPG_EVERYWHERE:
+			put_off_flush(operation->argument);
+			break;
+		case UNPIN:
+		case FLUSH_CACHE:
+		case SET_LDT:
+		case NEW_USER_BASE: /* user mode shares the kernel's page table */
+			break;
+		default:
+			return -ENOSYS;
+		}
+	}
+	return 0;
+}
