@@ -20,7 +20,7 @@ def run_selftest(session):
     out = session.bash(PATH, timeout=280)
     last = out["stdout"].strip().splitlines()[-1:]
     failed = [line for line in out["stdout"].splitlines() if line.startswith("FAIL")]
-    assert last and re.fullmatch(r"\d+ passed, 0 failed", last[0]), f"{failed}\n{out['stdout'][-3000:]}{out['stderr'][-2000:]}"
+    assert last and re.fullmatch(r"\d+ passed, 0 failed", last[0]), f"exit {out['exit_code']} {failed}\n{out['stdout'][-3000:]}{out['stderr'][-2000:]}"
     assert out["exit_code"] == 0
     assert int(last[0].split()[0]) > 10
 

@@ -25,6 +25,8 @@ const CUT_SHORT: i32 = 137;
 
 const INTERRUPTED: &str = "thaw: the command timed out and was interrupted";
 
+const STOPPING: &str = "thaw: the command timed out and is being stopped";
+
 const STATE_LOST: &str = "thaw: the interpreter died and was replaced: its variables are lost";
 
 /// A command's place in its session's line. Dropping it gives the place up.
@@ -292,18 +294,19 @@ impl Running {
             truncated_bytes,
             ..Outcome::default()
         };
-        let note;
         match finish {
             Finish::Exit(exit) => {
                 outcome.exit_code = exit.exit_code;
                 outcome.timed_out = exit.timed_out;
                 outcome.cpu_time = Duration::from_micros(exit.cpu_us);
-                note = match exit.note {
-                    Some(note) => Some(format!("thaw: {note}")),
-                    None if exit.state_lost => Some(STATE_LOST.into()),
-                    None if exit.timed_out => Some(INTERRUPTED.into()),
-                    None => None,
-                };
+                if exit.timed_out {
+                    append_line(&mut outcome.stderr, INTERRUPTED);
+                }
+                match exit.note {
+                    Some(note) => append_line(&mut outcome.stderr, &format!("thaw: {note}")),
+                    None if exit.state_lost => append_line(&mut outcome.stderr, STATE_LOST),
+                    None => {}
+                }
             }
             Finish::Cut(how) => {
                 outcome.timed_out = Instant::now() >= self.deadline;
@@ -312,16 +315,16 @@ impl Running {
                 } else {
                     CUT_SHORT
                 };
-                note = Some(how.note());
+                if outcome.timed_out {
+                    append_line(&mut outcome.stderr, "thaw: the command timed out");
+                }
+                append_line(&mut outcome.stderr, &how.note());
             }
             Finish::Answer => {
                 outcome.timed_out = true;
                 outcome.exit_code = TIMED_OUT;
-                note = Some("thaw: the command timed out and is being stopped".into());
+                append_line(&mut outcome.stderr, STOPPING);
             }
-        }
-        if let Some(note) = note {
-            append_line(&mut outcome.stderr, &note);
         }
         if outcome.timed_out {
             self.core.metrics.degraded(Degradation::TimedOut);

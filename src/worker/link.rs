@@ -238,18 +238,19 @@ impl Link {
     }
 
     /// Sends as much of a stream's input as the guest has granted credit for.
+    ///
+    /// The streams stay locked until the pieces are in the socket's queue. The stream's opener and the
+    /// link's task both come here, and pieces taken in one order but queued in the other would
+    /// reach the guest as a text that nobody wrote.
     pub(super) fn pump(&self, stream: u32, mut grant: u32) -> Result<(), WorkerError> {
-        loop {
-            let chunk = {
-                let mut streams = lock(&self.streams);
-                let Some(inbox) = streams.open.get_mut(&stream) else {
-                    return Ok(());
-                };
-                inbox.next_chunk(std::mem::take(&mut grant))
-            };
-            let Some(chunk) = chunk else { return Ok(()) };
+        let mut streams = lock(&self.streams);
+        let Some(inbox) = streams.open.get_mut(&stream) else {
+            return Ok(());
+        };
+        while let Some(chunk) = inbox.next_chunk(std::mem::take(&mut grant)) {
             self.send(&Frame::new(stream, Kind::Stdin, chunk), Vec::new())?;
         }
+        Ok(())
     }
 
     fn take(&self, frame: Frame, reports: &mpsc::Sender<Report>) -> Result<(), String> {
@@ -384,5 +385,54 @@ async fn read(link: &Link, reports: &mpsc::Sender<Report>) -> String {
             }
         }
         buffer.drain(..parsed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+
+    use thaw_wire::frame::INITIAL_CREDIT;
+
+    use super::*;
+
+    /// The payloads of the next frames on the guest's end, up to `bytes` of them.
+    fn received(peer: &mut std::os::unix::net::UnixStream, bytes: usize) -> Vec<u8> {
+        let mut all = Vec::new();
+        while all.len() < bytes {
+            let mut header = [0; HEADER];
+            peer.read_exact(&mut header).unwrap();
+            let mut payload = vec![0; Header::decode(header).unwrap().len as usize];
+            peer.read_exact(&mut payload).unwrap();
+            all.extend(payload);
+        }
+        all
+    }
+
+    /// The command's opener and the link's task pump at the same time; the text must not care.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn input_arrives_in_order_whoever_sends_it() {
+        let window = INITIAL_CREDIT as usize;
+        let text: Vec<u8> = (0..4 * window).map(|n| (n / 1000) as u8).collect();
+        for _ in 0..200 {
+            let (ours, mut peer) = std::os::unix::net::UnixStream::pair().unwrap();
+            let (link, _reports) = Link::open(ours).unwrap();
+            let (stream, _events) = link.open_stream(text.clone()).unwrap();
+            let reader = {
+                let bytes = text.len();
+                std::thread::spawn(move || received(&mut peer, bytes))
+            };
+            let pumps: Vec<_> = (0..4)
+                .map(|_| {
+                    let link = link.clone();
+                    std::thread::spawn(move || link.pump(stream, INITIAL_CREDIT).unwrap())
+                })
+                .collect();
+            for pump in pumps {
+                pump.join().unwrap();
+            }
+            let arrived = tokio::task::spawn_blocking(|| reader.join().unwrap()).await;
+            assert!(arrived.unwrap() == text, "pieces were swapped");
+        }
     }
 }
