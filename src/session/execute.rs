@@ -98,6 +98,7 @@ impl Core {
             code: Some(command.code),
             timeout_ms: deadline.duration_since(began).as_millis() as u64,
             env: Default::default(),
+            context: None,
         };
         let collector = Collector::new(self.config.output_bytes, self.budget.clone());
         let mut running = Running {

@@ -273,10 +273,7 @@ impl Link {
         let event = match frame.kind {
             Kind::Stdout => Event::Stdout(frame.payload),
             Kind::Stderr => Event::Stderr(frame.payload),
-            Kind::Rich => match serde_json::from_slice(&frame.payload) {
-                Ok(rich) => Event::Rich(rich),
-                Err(error) => return Err(format!("bad result: {error}")),
-            },
+            Kind::Rich => Event::Rich(frame.payload),
             Kind::Exit => match serde_json::from_slice(&frame.payload) {
                 Ok(exit) => Event::Exit(exit),
                 Err(error) => return Err(format!("bad exit: {error}")),

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use thaw_vmm::protocol::{Cause, Death};
 use thaw_wire::frame::{Frame, INITIAL_CREDIT, Kind, MAX_PAYLOAD};
-use thaw_wire::message::{Execute, Exit, Open, RichResult, Signal};
+use thaw_wire::message::{Execute, Exit, Open, Signal};
 use tokio::sync::mpsc;
 
 use super::WorkerError;
@@ -26,8 +26,8 @@ pub enum Event {
     Stdout(Vec<u8>),
     /// Bytes on standard error.
     Stderr(Vec<u8>),
-    /// A value with more than text.
-    Rich(RichResult),
+    /// A piece of the command's rich results; see [`thaw_wire::message::RichResult`].
+    Rich(Vec<u8>),
     /// It ended. The last event.
     Exit(Exit),
     /// The VM is gone. The last event.
@@ -39,7 +39,7 @@ impl Event {
     pub(super) fn bytes(&self) -> u32 {
         match self {
             // A frame's payload is far below 4 GiB.
-            Self::Stdout(bytes) | Self::Stderr(bytes) => bytes.len() as u32,
+            Self::Stdout(bytes) | Self::Stderr(bytes) | Self::Rich(bytes) => bytes.len() as u32,
             _ => 0,
         }
     }
@@ -181,6 +181,7 @@ pub fn command(
         code: Some(code.to_owned()),
         timeout_ms: u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX),
         env: BTreeMap::new(),
+        context: None,
     }
 }
 

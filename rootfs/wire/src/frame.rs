@@ -8,8 +8,8 @@ pub const HEADER: usize = 12;
 pub const MAX_PAYLOAD: usize = 64 * 1024;
 
 /// Bytes that a sender may have in flight on a new stream before it is granted
-/// [`Kind::Credit`]. Applies to [`Kind::Stdin`], [`Kind::Stdout`], [`Kind::Stderr`] and
-/// [`Kind::Data`] payloads.
+/// [`Kind::Credit`]. Applies to [`Kind::Stdin`], [`Kind::Stdout`], [`Kind::Stderr`],
+/// [`Kind::Rich`] and [`Kind::Data`] payloads.
 pub const INITIAL_CREDIT: u32 = 128 * 1024;
 
 /// The stream of orders and reports about the VM itself.
@@ -31,7 +31,7 @@ pub enum Kind {
     Stdout = 5,
     /// Bytes a command wrote to its standard error, guest to host.
     Stderr = 6,
-    /// JSON [`crate::message::RichResult`], guest to host.
+    /// A piece of the JSON array of a command's [`crate::message::RichResult`]s, guest to host.
     Rich = 7,
     /// JSON [`crate::message::Exit`], guest to host: the stream's last frame.
     Exit = 8,
@@ -64,7 +64,10 @@ impl Kind {
 
     /// Whether payload bytes of this kind spend credit.
     pub fn spends_credit(self) -> bool {
-        matches!(self, Self::Stdin | Self::Stdout | Self::Stderr | Self::Data)
+        matches!(
+            self,
+            Self::Stdin | Self::Stdout | Self::Stderr | Self::Rich | Self::Data
+        )
     }
 }
 

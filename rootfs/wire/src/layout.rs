@@ -22,7 +22,7 @@ pub const WIRE_VIRQ: u32 = 20;
 pub const MAGIC: u64 = u64::from_le_bytes(*b"THAWWIRE");
 
 /// Version of everything in this crate. Both ends must have the same one.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// Size of a guest page in bytes.
 pub const PAGE: usize = 4096;

@@ -114,6 +114,8 @@ pub enum Language {
 pub enum Open {
     /// Run a command in a session's interpreter or shell.
     Execute(Execute),
+    /// Start a process of its own: a terminal, or work on files.
+    Process(Process),
 }
 
 /// One command.
@@ -133,6 +135,188 @@ pub struct Execute {
     /// Environment variables for this command only.
     #[serde(default)]
     pub env: BTreeMap<String, String>,
+    /// Which of the session's interpreters of this language: each name has variables of its own.
+    /// Absent: the one that every session has from its start.
+    #[serde(default)]
+    pub context: Option<String>,
+}
+
+/// A process with a stream of its own, beside whatever commands run.
+///
+/// [`crate::frame::Kind::Stdin`] frames are its input, as far as the agent grants credit; an empty
+/// one is the input's end. What it writes comes as [`crate::frame::Kind::Stdout`] and
+/// [`crate::frame::Kind::Stderr`], its end as [`crate::frame::Kind::Exit`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Process {
+    /// What runs.
+    pub program: Program,
+    /// Environment variables beside the session's.
+    #[serde(default)]
+    pub env: BTreeMap<String, String>,
+    /// Where it starts; absent: where commands do.
+    #[serde(default)]
+    pub cwd: Option<String>,
+    /// Runs on a terminal of this size: input and output are the terminal's, and all output
+    /// comes as standard output.
+    #[serde(default)]
+    pub terminal: Option<Size>,
+}
+
+/// What a [`Process`] runs.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "program", rename_all = "snake_case")]
+pub enum Program {
+    /// A program and its arguments, the program looked for in `PATH`.
+    Command {
+        /// At least one word.
+        argv: Vec<String>,
+    },
+    /// The agent's own work on files, in a process of its own. Exit code 0, or the system's error
+    /// number with a text on standard error; 255 for what has no number.
+    Files {
+        /// What to do.
+        work: FileWork,
+    },
+}
+
+/// Work on a guest's files. Paths are absolute, or relative to where commands start.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "work", rename_all = "snake_case")]
+pub enum FileWork {
+    /// The file's bytes, on standard output.
+    Read {
+        /// A regular file.
+        path: String,
+    },
+    /// Standard input becomes the file's contents: written beside it, synced by the rename at the
+    /// input's end, so that nobody sees half of it. Without an end of input nothing is left.
+    Write {
+        /// The file; one that is there is replaced.
+        path: String,
+        /// Permission bits; absent: those of the file there is, else 0644.
+        #[serde(default)]
+        mode: Option<u32>,
+        /// Make missing directories above it.
+        #[serde(default)]
+        parents: bool,
+    },
+    /// JSON lines of [`FileInfo`], on standard output, sorted by path.
+    List {
+        /// A directory.
+        path: String,
+        /// What is below its directories, too.
+        #[serde(default)]
+        recursive: bool,
+        /// Most lines.
+        limit: u64,
+    },
+    /// One JSON line of [`FileInfo`].
+    Stat {
+        /// Anything; a symbolic link is not followed.
+        path: String,
+    },
+    /// Makes a directory.
+    Mkdir {
+        /// The directory.
+        path: String,
+        /// Make missing ones above it, and be content with one that is there.
+        #[serde(default)]
+        parents: bool,
+    },
+    /// Removes a file or an empty directory.
+    Remove {
+        /// What goes; never the root.
+        path: String,
+        /// A directory with everything in it.
+        #[serde(default)]
+        recursive: bool,
+    },
+    /// Renames, replacing a file that is there.
+    Rename {
+        /// What it is called now.
+        from: String,
+        /// What it is to be called.
+        to: String,
+    },
+    /// JSON lines of [`FileEvent`] until the stream is killed. The first line, `{}`, says that from
+    /// now on nothing is missed.
+    Watch {
+        /// A file or directory.
+        path: String,
+        /// What is below its directories, too, also those made later.
+        #[serde(default)]
+        recursive: bool,
+    },
+}
+
+/// What can be told about a file.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct FileInfo {
+    /// As it was asked for; in a list, below the path that was asked for.
+    pub path: String,
+    /// What it is.
+    pub kind: FileKind,
+    /// Bytes.
+    pub size: u64,
+    /// Permission bits.
+    pub mode: u32,
+    /// Owner.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+    /// Last change, seconds since the Unix epoch.
+    pub modified: f64,
+    /// Where a symbolic link leads.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub target: Option<String>,
+}
+
+/// Kinds of files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FileKind {
+    /// A regular file.
+    File,
+    /// A directory.
+    Directory,
+    /// A symbolic link.
+    Symlink,
+    /// A device, pipe or socket.
+    Other,
+}
+
+/// Something that happened to a file. Names are not always UTF-8; what is not is replaced.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct FileEvent {
+    /// What happened.
+    pub event: FileChange,
+    /// To whom.
+    pub path: String,
+}
+
+/// What can happen to a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FileChange {
+    /// It was made, or moved here.
+    Created,
+    /// Its contents changed.
+    Modified,
+    /// It was removed, or moved away.
+    Removed,
+    /// Its owner, mode or times changed.
+    Attributes,
+    /// More happened than could be told: look for yourself.
+    Overflow,
+}
+
+/// Columns and rows of a terminal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Size {
+    /// Columns.
+    pub cols: u16,
+    /// Rows.
+    pub rows: u16,
 }
 
 /// How a command ended. A stream's last frame.
@@ -158,11 +342,14 @@ pub struct Exit {
     pub note: Option<String>,
 }
 
-/// A value that the last expression produced, beyond its text.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+/// A value that a command produced, beyond its text: the last expression's, or one that was
+/// displayed. All of a command's, as one JSON array, travel in pieces in
+/// [`crate::frame::Kind::Rich`] frames, and are whole when the command's last frame comes.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(transparent)]
 pub struct RichResult {
-    /// Representations by MIME type; binary ones in base64.
-    pub data: BTreeMap<String, String>,
+    /// Representations by MIME type: text, binary ones in base64, `application/json` as JSON.
+    pub data: BTreeMap<String, serde_json::Value>,
 }
 
 /// A signal for a running command.
@@ -173,6 +360,10 @@ pub enum Signal {
     Interrupt,
     /// SIGKILL to the command's process group.
     Kill,
+    /// SIGHUP to the process group, as when a terminal is closed.
+    Hangup,
+    /// The terminal has another size now.
+    Resize(Size),
 }
 
 #[cfg(test)]

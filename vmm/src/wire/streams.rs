@@ -8,12 +8,9 @@ use thaw_wire::frame::{CONTROL, Frame, INITIAL_CREDIT, Kind};
 
 use super::GuestFault;
 
-/// Streams open at once: sessions run one command at a time, so this is room for the helpers
-/// (files, ports) of the future, and a bound on what a stream costs times 64.
+/// Streams open at once: one command at a time in each context, terminals, and work on files.
+/// `serve` keeps to half of it; the rest is room for streams whose end is on its way.
 pub const MAX_STREAMS: usize = 64;
-
-/// Rich results of one stream, bytes in all; more are dropped. A figure is 20 to 200 KiB.
-const MAX_RICH_BYTES: u64 = 8 * 1024 * 1024;
 
 /// How long after a command's own deadline the agent has, before the worker has the command
 /// killed; and again, before the VM counts as unresponsive. Both are later than what `serve` does by itself.
@@ -55,7 +52,6 @@ struct Stream {
     guest_credit: u64,
     /// Payload bytes that the host may still send.
     host_credit: u64,
-    rich_bytes: u64,
     /// When the next measure is due, and whether the first was taken.
     deadline: Option<Instant>,
     killed: bool,
@@ -91,17 +87,13 @@ impl Streams {
         };
         let len = frame.payload.len() as u64;
         match frame.kind {
-            Kind::Stdout | Kind::Stderr | Kind::Data => {
+            Kind::Stdout | Kind::Stderr | Kind::Rich | Kind::Data => {
                 let Some(left) = stream.guest_credit.checked_sub(len) else {
                     return fault("it is more than was granted");
                 };
                 stream.guest_credit = left;
                 // An empty one would cost serve work without costing credit.
                 Ok(len > 0)
-            }
-            Kind::Rich => {
-                stream.rich_bytes += len.max(1024);
-                Ok(stream.rich_bytes <= MAX_RICH_BYTES)
             }
             Kind::Credit => {
                 let Some(granted) = credit(frame) else {
@@ -181,7 +173,6 @@ impl Streams {
             Stream {
                 guest_credit: credit,
                 host_credit: credit,
-                rich_bytes: 0,
                 deadline,
                 killed: false,
             },

@@ -106,6 +106,7 @@ fn open(stream: u32, timeout_ms: u64) -> Frame {
         code: Some("print(1)".into()),
         timeout_ms,
         env: Default::default(),
+        context: None,
     };
     Frame::json(stream, Kind::Open, &Open::Execute(execute)).unwrap()
 }

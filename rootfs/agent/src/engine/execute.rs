@@ -29,6 +29,9 @@ impl<L: Link> Engine<L> {
         }
         let mut execute = match serde_json::from_slice(payload) {
             Ok(Open::Execute(execute)) => execute,
+            Ok(Open::Process(_)) => {
+                return self.refuse(id, CANNOT_RUN, "this agent starts no processes".into());
+            }
             Err(error) => {
                 return self.refuse(
                     id,
@@ -107,6 +110,8 @@ impl<L: Link> Engine<L> {
                     command.killed(Instant::now());
                     interpreter.signal(Unix::SIGKILL);
                 }
+                // A command has no terminal.
+                Signal::Hangup | Signal::Resize(_) => {}
             }
         }
     }
@@ -255,7 +260,11 @@ impl<L: Link> Engine<L> {
                 let command = self.slots[index(language)].command.as_ref();
                 match command.and_then(|command| command.stream) {
                     Some(stream) => {
-                        self.emit_json(stream, Kind::Rich, &thaw_wire::message::RichResult { data })
+                        let data = data.into_iter().map(|(kind, text)| (kind, text.into()));
+                        let rich = thaw_wire::message::RichResult {
+                            data: data.collect(),
+                        };
+                        self.emit_json(stream, Kind::Rich, &[rich])
                     }
                     None => Ok(()),
                 }

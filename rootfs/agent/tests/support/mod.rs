@@ -130,6 +130,7 @@ impl Host {
             code: Some(code.into()),
             timeout_ms,
             env,
+            context: None,
         };
         if code.len() > 32 * 1024 {
             execute.code = None;
