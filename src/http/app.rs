@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use hyper::body::Body as HttpBody;
 use hyper::header::HeaderValue;
@@ -14,11 +15,12 @@ use prometheus_client::registry::Registry;
 
 use super::auth::{Auth, Caller, Presented, Refusal, presented};
 use super::body::Body;
+use super::body::fields::Fields;
 use super::error::ApiError;
 use super::metrics::{Metrics, Route, Served};
 use super::reply::Reply;
 use super::retry::Retries;
-use super::router::Router;
+use super::router::{Params, Router};
 use crate::backend::Backend;
 use crate::config::Config;
 use crate::task::Tasks;
@@ -85,12 +87,14 @@ impl App {
         let (parts, body) = request.into_parts();
         let method = parts.method.clone();
         let (route, result) = match self.router.find(&parts.method, parts.uri.path()) {
-            Ok((endpoint, param)) => {
-                let limit = self.config.server.max_body_bytes;
+            Ok((endpoint, params)) => {
                 let call = Call {
                     parts,
-                    body: Some(Box::pin(read(body, limit))),
-                    param,
+                    body: Some(
+                        body.map_err(|error| BrokenOff(error.into().to_string()))
+                            .boxed_unsync(),
+                    ),
+                    params,
                     app: self.clone(),
                 };
                 (endpoint.path, (endpoint.handler)(call).await)
@@ -133,7 +137,13 @@ impl Drop for InFlight<'_> {
     }
 }
 
-type Reading = std::pin::Pin<Box<dyn Future<Output = Result<Bytes, ApiError>> + Send>>;
+/// A request's body as it comes.
+pub type Incoming = UnsyncBoxBody<Bytes, BrokenOff>;
+
+/// A body that did not come whole.
+#[derive(Debug, thiserror::Error)]
+#[error("the request body broke off: {0}")]
+pub struct BrokenOff(String);
 
 /// One request.
 pub struct Call {
@@ -141,9 +151,8 @@ pub struct Call {
     pub app: Arc<App>,
     /// Its head.
     pub parts: Parts,
-    /// The route's parameter, if it has one.
-    pub param: String,
-    body: Option<Reading>,
+    params: Params,
+    body: Option<Incoming>,
 }
 
 impl std::fmt::Debug for Call {
@@ -155,14 +164,44 @@ impl std::fmt::Debug for Call {
 }
 
 impl Call {
+    /// A parameter of the route's path.
+    pub fn path(&self, name: &str) -> &str {
+        let found = self.params.iter().find(|(known, _)| known == name);
+        found.map_or("", |(_, value)| value)
+    }
+
+    /// The query's parameters, read by the types that the route declares.
+    ///
+    /// # Errors
+    /// 422 with everything that is wrong.
+    pub fn query<T>(&self, read: impl FnOnce(&mut Fields<'_>) -> T) -> Result<T, ApiError> {
+        let query = self.parts.uri.query().unwrap_or_default();
+        let parameters: serde_json::Map<_, _> = form_urlencoded::parse(query.as_bytes())
+            .map(|(name, value)| (name.into_owned(), value.into_owned().into()))
+            .collect();
+        let mut fields = Fields::of_query(&parameters);
+        let value = read(&mut fields);
+        match fields.finish() {
+            Ok(()) => Ok(value),
+            Err(faults) => Err(ApiError::invalid(&faults)),
+        }
+    }
+
+    /// The body as it comes, once: for what is too large to be held. Its size and time are the
+    /// caller's to bound.
+    pub fn incoming(&mut self) -> Option<Incoming> {
+        self.body.take()
+    }
+
     /// The body's bytes.
     ///
     /// # Errors
     /// It is too large, too slow or broken off.
     pub async fn bytes(&mut self) -> Result<Bytes, ApiError> {
-        let Some(reading) = self.body.take() else {
+        let Some(body) = self.body.take() else {
             return Ok(Bytes::new());
         };
+        let reading = read(body, self.app.config.server.max_body_bytes);
         let most = Duration::from_secs(self.app.config.server.body_timeout_s);
         tokio::time::timeout(most, reading)
             .await
@@ -247,11 +286,7 @@ impl Call {
     }
 }
 
-async fn read<B>(mut body: B, limit: usize) -> Result<Bytes, ApiError>
-where
-    B: HttpBody<Data = Bytes> + Send + Unpin + 'static,
-    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
-{
+async fn read(mut body: Incoming, limit: usize) -> Result<Bytes, ApiError> {
     let too_large = || {
         let detail = format!("The request body is larger than {limit} bytes");
         ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, detail)

@@ -1,11 +1,11 @@
-//! The OpenAPI document, made from [`ENDPOINTS`] and the schemas here.
+//! The OpenAPI document, made from the [`GROUPS`] of endpoints.
 
 use std::sync::OnceLock;
 
 use bytes::Bytes;
 use serde_json::{Map, Value, json};
 
-use super::routes::{Access, ENDPOINTS, Endpoint, Takes};
+use super::routes::{Access, Endpoint, GROUPS, QueryKind, Takes, endpoints};
 
 /// The document, made on first use.
 pub fn document() -> Bytes {
@@ -15,7 +15,7 @@ pub fn document() -> Bytes {
 
 fn build() -> Value {
     let mut paths = Map::new();
-    for endpoint in ENDPOINTS {
+    for endpoint in endpoints() {
         let methods = paths.entry(endpoint.path).or_insert_with(|| json!({}));
         methods[endpoint.method.to_lowercase()] = operation(endpoint);
     }
@@ -42,6 +42,36 @@ fn build() -> Value {
 }
 
 fn operation(endpoint: &Endpoint) -> Value {
+    let mut operation = json!({
+        "summary": endpoint.summary,
+        "operationId": endpoint.name,
+        "responses": responses(endpoint),
+    });
+    let body = match endpoint.takes {
+        Takes::Nothing => None,
+        Takes::Json(schema) => Some(("application/json", schema, true)),
+        Takes::OptionalJson(schema) => Some(("application/json", schema, false)),
+        Takes::Form(schema) => Some(("application/x-www-form-urlencoded", schema, true)),
+        Takes::Multipart(schema) => Some(("multipart/form-data", schema, true)),
+    };
+    if let Some((media, schema, required)) = body {
+        operation["requestBody"] = json!({
+            "required": required,
+            "content": { media: { "schema": reference(schema) } },
+        });
+    }
+    if endpoint.access == Access::Key {
+        operation["security"] = json!([{ "APIKeyHeader": [] }, { "OAuth2PasswordBearer": [] }]);
+    }
+    let parameters = parameters(endpoint);
+    if !parameters.is_empty() {
+        operation["parameters"] = parameters.into();
+    }
+    operation
+}
+
+/// Every status that the endpoint may answer with: those that follow from what it is, and its own.
+fn responses(endpoint: &Endpoint) -> Map<String, Value> {
     let mut responses = Map::new();
     let good = if endpoint.gives.contains('/') {
         json!({ "description": "Successful Response", "content": { endpoint.gives: {} } })
@@ -49,47 +79,46 @@ fn operation(endpoint: &Endpoint) -> Value {
         reply("Successful Response", endpoint.gives)
     };
     responses.insert("200".into(), good);
+    let mut statuses = endpoint.refuses.to_vec();
     if endpoint.access == Access::Key {
-        responses.insert("401".into(), reply("No valid key or token", "Error"));
-        responses.insert(
-            "429".into(),
-            reply(
-                "Over the plan's or the host's limits; see Retry-After",
-                "Error",
-            ),
-        );
-    }
-    if endpoint.path.contains('{')
-        || endpoint.path.starts_with("/execute")
-        || endpoint.path == "/kill"
-    {
-        responses.insert("404".into(), reply("Not there, or not yours", "Error"));
+        statuses.extend([401, 429]);
     }
     if endpoint.takes != Takes::Nothing {
-        responses.insert(
-            "422".into(),
-            reply("Validation Error", "HTTPValidationError"),
-        );
+        statuses.extend([400, 408, 413, 422]);
     }
-    let mut operation = json!({
-        "summary": endpoint.summary,
-        "operationId": endpoint.name,
-        "responses": responses,
-    });
-    let body = match endpoint.takes {
-        Takes::Nothing => None,
-        Takes::Json(schema) => Some(("application/json", schema)),
-        Takes::Form(schema) => Some(("application/x-www-form-urlencoded", schema)),
-    };
-    if let Some((media, schema)) = body {
-        operation["requestBody"] = json!({
-            "required": true,
-            "content": { media: { "schema": reference(schema) } },
-        });
+    if !endpoint.query.is_empty() {
+        statuses.push(422);
     }
-    if endpoint.access == Access::Key {
-        operation["security"] = json!([{ "APIKeyHeader": [] }, { "OAuth2PasswordBearer": [] }]);
+    for status in statuses {
+        let schema = if status == 422 {
+            "HTTPValidationError"
+        } else {
+            "Error"
+        };
+        responses.insert(status.to_string(), reply(meaning(status), schema));
     }
+    responses
+}
+
+/// What a status says here.
+fn meaning(status: u16) -> &'static str {
+    match status {
+        400 => "The request is broken",
+        401 => "No valid key or token",
+        403 => "Not allowed",
+        404 => "Not there, or not yours",
+        408 => "The body took too long",
+        409 => "Not in this state",
+        413 => "The body is too large",
+        422 => "Validation Error",
+        429 => "Over the plan's or the host's limits; see Retry-After",
+        501 => "This image or server cannot",
+        503 => "The server is shutting down, or no VM can be started",
+        _ => "Refused",
+    }
+}
+
+fn parameters(endpoint: &Endpoint) -> Vec<Value> {
     let mut parameters = Vec::new();
     for part in endpoint.path.split('/') {
         if let Some(name) = part
@@ -97,10 +126,22 @@ fn operation(endpoint: &Endpoint) -> Value {
             .and_then(|part| part.strip_suffix('}'))
         {
             parameters.push(json!({
-                "name": name, "in": "path", "required": true,
-                "schema": { "type": "string", "format": "uuid" },
+                "name": name, "in": "path", "required": true, "schema": text(),
             }));
         }
+    }
+    for query in endpoint.query {
+        let schema = match query.kind {
+            QueryKind::Text => text(),
+            QueryKind::Flag(default) => json!({ "type": "boolean", "default": default }),
+            QueryKind::Int(default, least, most) => json!({
+                "type": "integer", "default": default, "minimum": least, "maximum": most,
+            }),
+        };
+        parameters.push(json!({
+            "name": query.name, "in": "query", "required": false,
+            "description": query.help, "schema": schema,
+        }));
     }
     if endpoint.path.starts_with("/execute") {
         parameters.push(json!({
@@ -109,14 +150,7 @@ fn operation(endpoint: &Endpoint) -> Value {
             "schema": { "type": "string", "maxLength": 255 },
         }));
     }
-    if !parameters.is_empty() {
-        operation["parameters"] = parameters.into();
-    }
-    operation
-}
-
-fn reference(schema: &str) -> Value {
-    json!({ "$ref": format!("#/components/schemas/{schema}") })
+    parameters
 }
 
 fn reply(description: &str, schema: &str) -> Value {
@@ -126,99 +160,96 @@ fn reply(description: &str, schema: &str) -> Value {
     })
 }
 
-fn nullable(kind: &str) -> Value {
+/// A schema of another name.
+pub(super) fn reference(schema: &str) -> Value {
+    json!({ "$ref": format!("#/components/schemas/{schema}") })
+}
+
+/// A type, or null.
+pub(super) fn nullable(kind: &str) -> Value {
     json!({ "anyOf": [{ "type": kind }, { "type": "null" }] })
 }
 
-fn object(required: &[&str], properties: Value) -> Value {
+/// A schema, or null.
+pub(super) fn or_null(schema: Value) -> Value {
+    json!({ "anyOf": [schema, { "type": "null" }] })
+}
+
+/// An object.
+pub(super) fn object(required: &[&str], properties: Value) -> Value {
     json!({ "type": "object", "required": required, "properties": properties })
 }
 
-fn schemas() -> Value {
-    let text = json!({ "type": "string" });
-    let truth = json!({ "type": "boolean" });
-    let seconds = json!({ "type": "number", "description": "Seconds" });
-    let uuid = json!({ "type": "string", "format": "uuid" });
-    let time = json!({ "type": "string", "format": "date-time" });
-    let language = json!({ "type": "string", "enum": ["python", "bash", "javascript"] });
-    let mut wanted_language = language.clone();
-    wanted_language["default"] = json!("python");
-    json!({
-        "CommandRequest": object(&[], json!({
-            "command": nullable("string"),
-            "code": nullable("string"),
-            "api_key": nullable("string"),
-            "session_id": { "anyOf": [uuid, { "type": "null" }] },
-            "language": wanted_language,
-            "timeout": { "type": "integer", "minimum": 1, "maximum": 600, "default": 60 },
-            "vault_ids": { "anyOf": [{ "type": "array", "items": text }, { "type": "null" }] },
-        })),
-        "CommandResult": object(&["stdout", "stderr", "exit_code", "session_id"], json!({
-            "stdout": text, "stderr": text, "exit_code": { "type": "integer" },
-            "execution_time": seconds, "cpu_time": seconds, "session_id": uuid,
-            "language": language, "created_at": time, "timed_out": truth, "truncated": truth,
-            "truncated_bytes": { "type": "integer" }, "vm_restarted": truth,
-        })),
-        "TaskAccepted": object(&["task_id", "session_id"], json!({
-            "task_id": uuid, "session_id": uuid, "status": text, "created_at": time,
-        })),
-        "Task": object(&["task_id", "is_complete"], json!({
-            "task_id": uuid, "session_id": uuid,
-            "status": { "type": "string", "enum": ["queued", "running", "done", "interrupted"] },
-            "is_complete": truth, "serialized_stdout": text, "serialized_stderr": text,
-            "exit_code": nullable("integer"), "execution_time": nullable("number"),
-            "cpu_time": nullable("number"), "created_at": time, "language": language,
-            "truncated": truth, "vm_restarted": truth,
-        })),
-        "SessionRequest": object(&["api_key"], json!({
-            "api_key": { "type": "string", "description": "May be absent when a header has a key" },
-            "vm_lifetime_seconds": { "type": "integer", "minimum": 20, "maximum": 86400, "default": 300 },
-            "memory_mb": { "type": "integer", "minimum": 128, "maximum": 8192, "default": 512 },
-            "vcpu_count": { "type": "integer", "enum": [1, 2, 4, 6, 8] },
-            "metadata": { "type": "object" },
-            "env": { "type": "object", "additionalProperties": text },
-        })),
-        "SessionCreated": object(&["session_id"], json!({ "session_id": uuid })),
-        "Session": object(&["session_id"], json!({
-            "session_id": uuid, "created_at": time, "vm_lifetime_seconds": { "type": "integer" },
-            "memory_mb": { "type": "integer" }, "vcpu_count": { "type": "integer" },
-            "metadata": { "type": "object" }, "env": { "type": "array", "items": text },
-            "vm_id": nullable("string"), "vm_status": nullable("string"),
-        })),
-        "SessionStatus": object(&["session_id", "exists"], json!({
-            "session_id": uuid, "exists": truth, "vm_assigned": truth, "vm_alive": truth,
-            "vm_status": nullable("string"), "vm_id": nullable("string"),
-            "uptime_seconds": nullable("number"), "expires_in_seconds": nullable("number"),
-            "created_at": time,
-        })),
-        "KillRequest": object(&["session_id"], json!({ "session_id": uuid, "api_key": nullable("string") })),
-        "Killed": object(&["success"], json!({
-            "success": truth, "message": text, "vm_id": text, "session_id": uuid,
-        })),
-        "User": object(&["id", "name"], json!({
-            "id": uuid, "name": text, "email": nullable("string"), "is_verified": truth, "plan": text,
-        })),
-        "PasswordForm": object(&["username", "password"], json!({
-            "grant_type": { "anyOf": [{ "type": "string", "pattern": "^password$" }, { "type": "null" }] },
-            "username": text, "password": { "type": "string", "format": "password" }, "scope": text,
-        })),
-        "Token": object(&["access_token", "token_type"], json!({
-            "access_token": text, "token_type": text, "expires_in": { "type": "integer" },
-        })),
-        "Health": object(&["status"], json!({ "status": text, "version": text })),
-        "Error": object(&["detail"], json!({ "detail": text })),
-        "HTTPValidationError": {
+/// An array of a schema of another name.
+pub(super) fn array(schema: &str) -> Value {
+    json!({ "type": "array", "items": reference(schema) })
+}
+
+/// Any text.
+pub(super) fn text() -> Value {
+    json!({ "type": "string" })
+}
+
+/// True or false.
+pub(super) fn truth() -> Value {
+    json!({ "type": "boolean" })
+}
+
+/// A time span.
+pub(super) fn seconds() -> Value {
+    json!({ "type": "number", "description": "Seconds" })
+}
+
+/// An id.
+pub(super) fn uuid() -> Value {
+    json!({ "type": "string", "format": "uuid" })
+}
+
+/// A point in time.
+pub(super) fn time() -> Value {
+    json!({ "type": "string", "format": "date-time" })
+}
+
+/// A command's language.
+pub(super) fn language() -> Value {
+    json!({ "type": "string", "enum": ["python", "bash", "javascript"] })
+}
+
+/// A command's language with a default.
+pub(super) fn language_or(default: &str) -> Value {
+    let mut schema = language();
+    schema["default"] = json!(default);
+    schema
+}
+
+fn schemas() -> Map<String, Value> {
+    let mut all: Map<String, Value> = GROUPS
+        .iter()
+        .flat_map(|group| (group.schemas)())
+        .map(|(name, schema)| (name.to_owned(), schema))
+        .collect();
+    all.insert(
+        "Error".into(),
+        object(&["detail"], json!({ "detail": text() })),
+    );
+    all.insert(
+        "HTTPValidationError".into(),
+        json!({
             "title": "HTTPValidationError", "type": "object",
-            "properties": { "detail": { "type": "array", "items": reference("ValidationError") } },
-        },
-        "ValidationError": {
+            "properties": { "detail": array("ValidationError") },
+        }),
+    );
+    all.insert(
+        "ValidationError".into(),
+        json!({
             "title": "ValidationError", "type": "object", "required": ["loc", "msg", "type"],
             "properties": {
                 "loc": { "type": "array", "items": { "anyOf": [{ "type": "string" }, { "type": "integer" }] } },
-                "msg": text, "type": text, "input": {}, "ctx": { "type": "object" },
+                "msg": text(), "type": text(), "input": {}, "ctx": { "type": "object" },
             },
-        },
-    })
+        }),
+    );
+    all
 }
 
 #[cfg(test)]
@@ -242,6 +273,6 @@ mod tests {
             .values()
             .map(|p| p.as_object().unwrap().len())
             .sum();
-        assert_eq!(operations, ENDPOINTS.len());
+        assert_eq!(operations, endpoints().count());
     }
 }

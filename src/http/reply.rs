@@ -1,13 +1,19 @@
-//! Replies: always whole, so that head and body leave in one write.
+//! Replies: whole ones, whose head and body leave in one write, and streams.
+
+use std::convert::Infallible;
+use std::pin::Pin;
+use std::task::{Context, Poll};
 
 use bytes::Bytes;
-use http_body_util::Full;
+use http_body_util::combinators::UnsyncBoxBody;
+use http_body_util::{BodyExt, Full};
+use hyper::body::{Body, Frame, SizeHint};
 use hyper::header::{CONTENT_TYPE, HeaderValue};
 use hyper::{Response, StatusCode};
 use serde::Serialize;
 
 /// A reply.
-pub type Reply = Response<Full<Bytes>>;
+pub type Reply = Response<UnsyncBoxBody<Bytes, Infallible>>;
 
 /// A JSON reply.
 pub fn json(status: StatusCode, value: &impl Serialize) -> Reply {
@@ -23,11 +29,63 @@ pub fn json(status: StatusCode, value: &impl Serialize) -> Reply {
 
 /// A reply of any type.
 pub fn raw(status: StatusCode, content_type: &'static str, body: Bytes) -> Reply {
-    let mut reply = Response::new(Full::new(body));
+    let mut reply = Response::new(Full::new(body).boxed_unsync());
     *reply.status_mut() = status;
     let headers = reply.headers_mut();
     headers.insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
     reply
+}
+
+/// A 200 reply whose body comes bit by bit. What goes wrong after the head has left can only be
+/// told in the body.
+pub fn stream(
+    content_type: &'static str,
+    body: impl Body<Data = Bytes, Error = Infallible> + Send + 'static,
+) -> Reply {
+    let mut reply = Response::new(body.boxed_unsync());
+    let headers = reply.headers_mut();
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
+    reply
+}
+
+/// Keeps `guard` until the reply's body has left or is given up.
+pub(super) fn guarded(reply: Reply, guard: impl Send + Unpin + 'static) -> Reply {
+    // Whole bodies leave with their heads; only streams outlive the handler.
+    if reply.body().size_hint().exact().is_some() {
+        return reply;
+    }
+    reply.map(|body| {
+        Guarded {
+            body,
+            _guard: guard,
+        }
+        .boxed_unsync()
+    })
+}
+
+struct Guarded<G> {
+    body: UnsyncBoxBody<Bytes, Infallible>,
+    _guard: G,
+}
+
+impl<G: Unpin> Body for Guarded<G> {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        Pin::new(&mut self.body).poll_frame(context)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
 }
 
 /// A time as clients of this API read it: ISO 8601 in UTC, microseconds, with offset.

@@ -8,7 +8,10 @@ use std::borrow::Cow;
 use hyper::Method;
 
 use super::error::ApiError;
-use super::routes::{ENDPOINTS, Endpoint};
+use super::routes::{Endpoint, endpoints};
+
+/// A path's parameters: names and values, in the path's order.
+pub type Params = Vec<(String, String)>;
 
 /// The routes, by path and method.
 #[derive(Debug)]
@@ -24,7 +27,7 @@ impl Router {
     pub fn new() -> anyhow::Result<Self> {
         let mut by_path: std::collections::BTreeMap<&str, Vec<&'static Endpoint>> =
             Default::default();
-        for endpoint in ENDPOINTS {
+        for endpoint in endpoints() {
             by_path.entry(endpoint.path).or_default().push(endpoint);
         }
         let mut paths = matchit::Router::new();
@@ -34,7 +37,7 @@ impl Router {
         Ok(Self { paths })
     }
 
-    /// The endpoint and its path's parameter.
+    /// The endpoint and its path's parameters, decoded.
     ///
     /// # Errors
     /// 404 for an unknown path, 405 for an unknown method.
@@ -42,23 +45,24 @@ impl Router {
         &self,
         method: &Method,
         path: &str,
-    ) -> Result<(&'static Endpoint, String), ApiError> {
+    ) -> Result<(&'static Endpoint, Params), ApiError> {
         let path = collapse(path);
-        let found = self
-            .paths
-            .at(&path)
-            .map_err(|_| ApiError::not_found("Not Found"))?;
-        let param = found
-            .params
-            .iter()
-            .next()
-            .map(|(_, value)| value.to_owned());
+        let not_found = || ApiError::not_found("Not Found");
+        let found = self.paths.at(&path).map_err(|_| not_found())?;
+        let mut params = Params::new();
+        for (name, value) in found.params.iter() {
+            // Clients encode ids whole; what is not UTF-8 then names nothing.
+            let value = percent_encoding::percent_decode_str(value)
+                .decode_utf8()
+                .map_err(|_| not_found())?;
+            params.push((name.to_owned(), value.into_owned()));
+        }
         match found
             .value
             .iter()
             .find(|endpoint| endpoint.method == method.as_str())
         {
-            Some(endpoint) => Ok((endpoint, param.unwrap_or_default())),
+            Some(endpoint) => Ok((endpoint, params)),
             None => {
                 let methods: Vec<&str> =
                     found.value.iter().map(|endpoint| endpoint.method).collect();
@@ -89,7 +93,10 @@ mod tests {
     fn paths_find_their_endpoint() {
         let router = Router::new().unwrap();
         let find = |method: Method, path: &str| match router.find(&method, path) {
-            Ok((endpoint, param)) => format!("{} {param}", endpoint.path),
+            Ok((endpoint, params)) => {
+                let values: Vec<_> = params.into_iter().map(|(_, value)| value).collect();
+                format!("{} {}", endpoint.path, values.join(" "))
+            }
             Err(error) => error.status().as_str().to_owned(),
         };
         assert_eq!(find(Method::POST, "/execute"), "/execute ");
@@ -102,6 +109,11 @@ mod tests {
             find(Method::GET, "/v1/sessions/session/abc"),
             "/v1/sessions/session/{session_id} abc"
         );
+        assert_eq!(
+            find(Method::GET, "/v1/executions/a%2Fb%20%C3%A9"),
+            "/v1/executions/{task_id} a/b é"
+        );
+        assert_eq!(find(Method::GET, "/v1/executions/%ff"), "404");
         assert_eq!(find(Method::POST, "/execute/"), "404");
         assert_eq!(find(Method::GET, "/nope"), "404");
         assert_eq!(find(Method::GET, "/execute"), "405");

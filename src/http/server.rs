@@ -19,6 +19,7 @@ use tokio_rustls::TlsAcceptor;
 
 use super::app::App;
 use super::pulse::{Pulse, Watched};
+use super::reply::guarded;
 use crate::config::ServerConfig;
 
 /// HTTP/2 requests that one connection may have open.
@@ -179,8 +180,8 @@ impl Connection {
             let busy = beat.busy();
             async move {
                 let reply = app.answer(request).await;
-                drop(busy);
-                Ok::<_, Infallible>(reply)
+                // A stream keeps its connection from being idle.
+                Ok::<_, Infallible>(guarded(reply, busy))
             }
         });
         let io = TokioIo::new(Watched::new(stream, pulse.clone()));

@@ -14,6 +14,8 @@ const SECRET: &[&str] = &["api_key", "password", "env"];
 /// An object's fields, as they are read one by one.
 #[derive(Debug)]
 pub struct Fields<'a> {
+    /// First word of every fault's place.
+    root: &'static str,
     object: &'a Map<String, Value>,
     faults: Vec<Fault>,
 }
@@ -26,6 +28,7 @@ impl<'a> Fields<'a> {
     pub fn of(body: &'a Value) -> Result<Self, Box<Fault>> {
         match body {
             Value::Object(object) => Ok(Self {
+                root: "body",
                 object,
                 faults: Vec::new(),
             }),
@@ -37,6 +40,20 @@ impl<'a> Fields<'a> {
                 ctx: None,
             })),
         }
+    }
+
+    /// Starts to read the parameters of a query, all of them texts.
+    pub fn of_query(parameters: &'a Map<String, Value>) -> Self {
+        Self {
+            root: "query",
+            object: parameters,
+            faults: Vec::new(),
+        }
+    }
+
+    /// Whether a field is there and not null.
+    pub fn given(&self, name: &str) -> bool {
+        self.object.get(name).is_some_and(|value| !value.is_null())
     }
 
     /// Nothing was wrong, or all that was.
@@ -76,7 +93,7 @@ impl<'a> Fields<'a> {
         input: Value,
         ctx: Option<Value>,
     ) {
-        let mut path: Vec<Value> = vec!["body".into()];
+        let mut path: Vec<Value> = vec![self.root.into()];
         path.extend(loc.iter().map(|part| Value::from(*part)));
         self.faults.push(Fault {
             kind,
@@ -138,6 +155,35 @@ impl<'a> Fields<'a> {
             None => {
                 let input = self.input();
                 self.fault(&[name], "missing", "Field required", input, None);
+                None
+            }
+        }
+    }
+
+    /// `bool = default`.
+    pub fn flag(&mut self, name: &str, default: bool) -> bool {
+        self.optional_flag(name).unwrap_or(default)
+    }
+
+    /// `Optional[bool] = None`, with the words that pydantic takes for a truth.
+    pub fn optional_flag(&mut self, name: &str) -> Option<bool> {
+        let given = self.object.get(name).filter(|value| !value.is_null())?;
+        let word = match given {
+            Value::Bool(truth) => return Some(*truth),
+            Value::Number(number) => number.to_string(),
+            Value::String(text) => text.to_ascii_lowercase(),
+            other => {
+                let msg = "Input should be a valid boolean";
+                self.fault(&[name], "bool_type", msg, echo(other), None);
+                return None;
+            }
+        };
+        match word.as_str() {
+            "1" | "1.0" | "true" | "t" | "yes" | "y" | "on" => Some(true),
+            "0" | "0.0" | "false" | "f" | "no" | "n" | "off" => Some(false),
+            _ => {
+                let msg = "Input should be a valid boolean, unable to interpret input";
+                self.fault(&[name], "bool_parsing", msg, echo(given), None);
                 None
             }
         }

@@ -1,6 +1,6 @@
 //! Bodies: read, validated, and judged in FastAPI's words.
 
-mod fields;
+pub mod fields;
 mod json;
 mod requests;
 

@@ -77,6 +77,31 @@ impl Body {
             .map_err(|fault| ApiError::invalid(&[*fault]))
     }
 
+    /// Reads a body that may be absent, as for calls that usually have none.
+    ///
+    /// # Errors
+    /// As [`Self::parse`].
+    pub fn parse_optional(bytes: &[u8]) -> Result<Self, ApiError> {
+        if bytes.is_empty() {
+            let value = Value::Object(serde_json::Map::new());
+            return Ok(Self { value });
+        }
+        Self::parse(bytes)
+    }
+
+    /// Reads the fields of a body that is an object.
+    ///
+    /// # Errors
+    /// 422 with everything that is wrong.
+    pub fn fields<T>(&self, read: impl FnOnce(&mut Fields<'_>) -> T) -> Result<T, ApiError> {
+        let mut fields = Fields::of(&self.value).map_err(|fault| ApiError::invalid(&[*fault]))?;
+        let value = read(&mut fields);
+        match fields.finish() {
+            Ok(()) => Ok(value),
+            Err(faults) => Err(ApiError::invalid(&faults)),
+        }
+    }
+
     /// The key that the body has, if it is text.
     pub fn api_key(&self) -> Option<&str> {
         self.value.get("api_key")?.as_str()

@@ -3,11 +3,75 @@
 use hyper::StatusCode;
 use serde_json::json;
 
+use super::{Access, Endpoint, Group, Takes};
 use crate::http::app::Call;
 use crate::http::auth::Refusal;
 use crate::http::body::password_form;
 use crate::http::error::ApiError;
+use crate::http::openapi::{nullable, object, text, truth, uuid};
 use crate::http::reply::{self, Reply};
+
+/// What this file answers.
+pub(super) const GROUP: Group = Group {
+    endpoints: &[
+        Endpoint {
+            method: "GET",
+            path: "/v1/users/me",
+            name: "get_current_user",
+            summary: "Whose key this is",
+            access: Access::Key,
+            query: &[],
+            takes: Takes::Nothing,
+            gives: "User",
+            refuses: &[],
+            handler: |call| Box::pin(me(call)),
+        },
+        Endpoint {
+            method: "POST",
+            path: "/token",
+            name: "login_for_access_token",
+            summary: "A bearer token for a user name and password (or one of the user's API keys)",
+            access: Access::Open,
+            query: &[],
+            takes: Takes::Form("PasswordForm"),
+            gives: "Token",
+            refuses: &[401, 429],
+            handler: |call| Box::pin(token(call)),
+        },
+    ],
+    schemas: || {
+        vec![
+            (
+                "User",
+                object(
+                    &["id", "name"],
+                    json!({
+                        "id": uuid(), "name": text(), "email": nullable("string"), "is_verified": truth(), "plan": text(),
+                    }),
+                ),
+            ),
+            (
+                "PasswordForm",
+                object(
+                    &["username", "password"],
+                    json!({
+                        "grant_type": { "anyOf": [{ "type": "string", "pattern": "^password$" }, { "type": "null" }] },
+                        "username": text(), "password": { "type": "string", "format": "password" }, "scope": text(),
+                    }),
+                ),
+            ),
+            (
+                "Token",
+                object(
+                    &["access_token", "token_type"],
+                    json!({
+                        "access_token": text(), "token_type": text(), "expires_in": { "type": "integer" },
+                    }),
+                ),
+            ),
+        ]
+    },
+};
 
 pub(super) async fn me(call: Call) -> Result<Reply, ApiError> {
     let caller = call.caller()?;

@@ -7,15 +7,90 @@ use hyper::StatusCode;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 
+use super::{Access, Endpoint, Group, Takes};
 use crate::http::app::{App, Call};
 use crate::http::auth::Caller;
 use crate::http::body::CommandRequest;
 use crate::http::error::ApiError;
+use crate::http::openapi::{
+    language, language_or, nullable, object, seconds, text, time, truth, uuid,
+};
 use crate::http::reply::{self, Reply, iso, iso_ms};
 use crate::http::retry::{Same, name_reused};
 use crate::session::{Command, Outcome, SessionId, SessionSpec};
 use crate::store::{NewTask, Submitted, language_name};
 use crate::task::SubmitError;
+use serde_json::json;
+
+/// What this file answers.
+pub(super) const GROUP: Group = Group {
+    endpoints: &[
+        Endpoint {
+            method: "POST",
+            path: "/execute",
+            name: "execute_command",
+            summary: "Run a command in a session's VM and wait for its result",
+            access: Access::Key,
+            query: &[],
+            takes: Takes::Json("CommandRequest"),
+            gives: "CommandResult",
+            refuses: &[400, 404, 409, 503],
+            handler: |call| Box::pin(execute(call)),
+        },
+        Endpoint {
+            method: "POST",
+            path: "/execute_async",
+            name: "execute_command_async",
+            summary: "Queue a command; it is durable once this answers",
+            access: Access::Key,
+            query: &[],
+            takes: Takes::Json("CommandRequest"),
+            gives: "TaskAccepted",
+            refuses: &[400, 404, 409, 503],
+            handler: |call| Box::pin(execute_async(call)),
+        },
+    ],
+    schemas: || {
+        vec![
+            (
+                "CommandRequest",
+                object(
+                    &[],
+                    json!({
+                        "command": nullable("string"),
+                        "code": nullable("string"),
+                        "api_key": nullable("string"),
+                        "session_id": { "anyOf": [uuid(), { "type": "null" }] },
+                        "language": language_or("python"),
+                        "timeout": { "type": "integer", "minimum": 1, "maximum": 600, "default": 60 },
+                        "vault_ids": { "anyOf": [{ "type": "array", "items": text() }, { "type": "null" }] },
+                    }),
+                ),
+            ),
+            (
+                "CommandResult",
+                object(
+                    &["stdout", "stderr", "exit_code", "session_id"],
+                    json!({
+                        "stdout": text(), "stderr": text(), "exit_code": { "type": "integer" },
+                        "execution_time": seconds(), "cpu_time": seconds(), "session_id": uuid(),
+                        "language": language(), "created_at": time(), "timed_out": truth(), "truncated": truth(),
+                        "truncated_bytes": { "type": "integer" }, "vm_restarted": truth(),
+                    }),
+                ),
+            ),
+            (
+                "TaskAccepted",
+                object(
+                    &["task_id", "session_id"],
+                    json!({
+                        "task_id": uuid(), "session_id": uuid(), "status": text(), "created_at": time(),
+                    }),
+                ),
+            ),
+        ]
+    },
+};
 
 /// How long before the client's own time-out it is answered. The client uses one number for
 /// both, so an answer at its end comes too late.

@@ -5,10 +5,45 @@ use std::time::Duration;
 use hyper::StatusCode;
 use serde::Serialize;
 
+use super::{Access, Endpoint, Group, Takes};
 use crate::http::app::Call;
 use crate::http::error::ApiError;
+use crate::http::openapi::{language, nullable, object, text, time, truth, uuid};
 use crate::http::reply::{self, Reply, iso_ms};
 use crate::store::{TaskRow, language_name};
+use serde_json::json;
+
+/// What this file answers.
+pub(super) const GROUP: Group = Group {
+    endpoints: &[Endpoint {
+        method: "GET",
+        path: "/v1/executions/{task_id}",
+        name: "get_execution",
+        summary: "A queued command's state; waits up to a second for its end",
+        access: Access::Key,
+        query: &[],
+        takes: Takes::Nothing,
+        gives: "Task",
+        refuses: &[404],
+        handler: |call| Box::pin(get(call)),
+    }],
+    schemas: || {
+        vec![(
+            "Task",
+            object(
+                &["task_id", "is_complete"],
+                json!({
+                    "task_id": uuid(), "session_id": uuid(),
+                    "status": { "type": "string", "enum": ["queued", "running", "done", "interrupted"] },
+                    "is_complete": truth(), "serialized_stdout": text(), "serialized_stderr": text(),
+                    "exit_code": nullable("integer"), "execution_time": nullable("number"),
+                    "cpu_time": nullable("number"), "created_at": time(), "language": language(),
+                    "truncated": truth(), "vm_restarted": truth(),
+                }),
+            ),
+        )]
+    },
+};
 
 /// How long an answer waits for the task's end. Clients pause a second between polls, so this is
 /// what makes their polling cost nothing; longer would keep them from noticing their own time-out.
@@ -37,7 +72,7 @@ pub(super) async fn get(call: Call) -> Result<Reply, ApiError> {
     let caller = call.caller()?;
     let not_found = || ApiError::not_found("Task not found");
     // Anything else cannot be in the store.
-    let id = uuid::Uuid::try_parse(&call.param).map_err(|_| not_found())?;
+    let id = uuid::Uuid::try_parse(call.path("task_id")).map_err(|_| not_found())?;
     let wait = if call.is_draining() {
         Duration::ZERO
     } else {

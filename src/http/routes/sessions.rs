@@ -5,12 +5,130 @@ use std::time::Duration;
 use hyper::StatusCode;
 use serde_json::json;
 
+use super::{Access, Endpoint, Group, Takes};
 use crate::http::app::Call;
 use crate::http::auth::{Presented, presented};
 use crate::http::body::Body;
 use crate::http::error::ApiError;
+use crate::http::openapi::{nullable, object, text, time, truth, uuid};
 use crate::http::reply::{self, Reply, iso_system};
 use crate::session::{SessionId, SessionView, VmStatus};
+
+/// What this file answers.
+pub(super) const GROUP: Group = Group {
+    endpoints: &[
+        Endpoint {
+            method: "POST",
+            path: "/v1/sessions/session",
+            name: "create_session",
+            summary: "Make a session; its VM comes with its first command",
+            access: Access::Key,
+            query: &[],
+            takes: Takes::Json("SessionRequest"),
+            gives: "SessionCreated",
+            refuses: &[503],
+            handler: |call| Box::pin(create(call)),
+        },
+        Endpoint {
+            method: "GET",
+            path: "/v1/sessions/session/{session_id}",
+            name: "get_session",
+            summary: "What a session was made with",
+            access: Access::Key,
+            query: &[],
+            takes: Takes::Nothing,
+            gives: "Session",
+            refuses: &[404],
+            handler: |call| Box::pin(get(call)),
+        },
+        Endpoint {
+            method: "GET",
+            path: "/v1/sessions/status/{session_id}",
+            name: "get_session_status",
+            summary: "Whether a session's VM runs",
+            access: Access::Key,
+            query: &[],
+            takes: Takes::Nothing,
+            gives: "SessionStatus",
+            refuses: &[404],
+            handler: |call| Box::pin(status(call)),
+        },
+        Endpoint {
+            method: "POST",
+            path: "/kill",
+            name: "kill_vm",
+            summary: "End a session's VM; the session stays",
+            access: Access::Key,
+            query: &[],
+            takes: Takes::Json("KillRequest"),
+            gives: "Killed",
+            refuses: &[400, 404],
+            handler: |call| Box::pin(kill(call)),
+        },
+    ],
+    schemas: || {
+        vec![
+            (
+                "SessionRequest",
+                object(
+                    &["api_key"],
+                    json!({
+                        "api_key": { "type": "string", "description": "May be absent when a header has a key" },
+                        "vm_lifetime_seconds": { "type": "integer", "minimum": 20, "maximum": 86400, "default": 300 },
+                        "memory_mb": { "type": "integer", "minimum": 128, "maximum": 8192, "default": 512 },
+                        "vcpu_count": { "type": "integer", "enum": [1, 2, 4, 6, 8] },
+                        "metadata": { "type": "object" },
+                        "env": { "type": "object", "additionalProperties": text() },
+                    }),
+                ),
+            ),
+            (
+                "SessionCreated",
+                object(&["session_id"], json!({ "session_id": uuid() })),
+            ),
+            (
+                "Session",
+                object(
+                    &["session_id"],
+                    json!({
+                        "session_id": uuid(), "created_at": time(), "vm_lifetime_seconds": { "type": "integer" },
+                        "memory_mb": { "type": "integer" }, "vcpu_count": { "type": "integer" },
+                        "metadata": { "type": "object" }, "env": { "type": "array", "items": text() },
+                        "vm_id": nullable("string"), "vm_status": nullable("string"),
+                    }),
+                ),
+            ),
+            (
+                "SessionStatus",
+                object(
+                    &["session_id", "exists"],
+                    json!({
+                        "session_id": uuid(), "exists": truth(), "vm_assigned": truth(), "vm_alive": truth(),
+                        "vm_status": nullable("string"), "vm_id": nullable("string"),
+                        "uptime_seconds": nullable("number"), "expires_in_seconds": nullable("number"),
+                        "created_at": time(),
+                    }),
+                ),
+            ),
+            (
+                "KillRequest",
+                object(
+                    &["session_id"],
+                    json!({ "session_id": uuid(), "api_key": nullable("string") }),
+                ),
+            ),
+            (
+                "Killed",
+                object(
+                    &["success"],
+                    json!({
+                        "success": truth(), "message": text(), "vm_id": text(), "session_id": uuid(),
+                    }),
+                ),
+            ),
+        ]
+    },
+};
 
 /// Clients send the key of this one request in its body.
 pub(super) async fn create(mut call: Call) -> Result<Reply, ApiError> {
@@ -87,7 +205,7 @@ pub(super) async fn kill(mut call: Call) -> Result<Reply, ApiError> {
 
 fn view(call: &Call) -> Result<SessionView, ApiError> {
     let caller = call.caller()?;
-    let id = uuid::Uuid::try_parse(&call.param)
+    let id = uuid::Uuid::try_parse(call.path("session_id"))
         .ok()
         .and_then(|id| SessionId::parse(&id.as_hyphenated().to_string()))
         .ok_or_else(|| ApiError::not_found("Session not found"))?;

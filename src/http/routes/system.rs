@@ -3,10 +3,60 @@
 use hyper::StatusCode;
 use serde_json::json;
 
+use super::{Access, Endpoint, Group, Takes};
 use crate::http::app::Call;
 use crate::http::error::ApiError;
 use crate::http::openapi;
+use crate::http::openapi::{object, text};
 use crate::http::reply::{self, Reply};
+
+/// What this file answers.
+pub(super) const GROUP: Group = Group {
+    endpoints: &[
+        Endpoint {
+            method: "GET",
+            path: "/health",
+            name: "health",
+            summary: "Whether the server takes requests",
+            access: Access::Open,
+            query: &[],
+            takes: Takes::Nothing,
+            gives: "Health",
+            refuses: &[503],
+            handler: |call| Box::pin(health(call)),
+        },
+        Endpoint {
+            method: "GET",
+            path: "/metrics",
+            name: "metrics",
+            summary: "Metrics in OpenMetrics text",
+            access: Access::Open,
+            query: &[],
+            takes: Takes::Nothing,
+            gives: "application/openmetrics-text",
+            refuses: &[],
+            handler: |call| Box::pin(metrics(call)),
+        },
+        Endpoint {
+            method: "GET",
+            path: "/openapi.json",
+            name: "openapi",
+            summary: "This document",
+            access: Access::Open,
+            query: &[],
+            takes: Takes::Nothing,
+            gives: "application/json",
+            refuses: &[],
+            handler: |call| Box::pin(openapi(call)),
+        },
+    ],
+    schemas: || {
+        vec![(
+            "Health",
+            object(&["status"], json!({ "status": text(), "version": text() })),
+        )]
+    },
+};
 
 const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
