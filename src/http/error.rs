@@ -138,6 +138,7 @@ impl From<SessionError> for ApiError {
             SessionError::HostFull { .. }
             | SessionError::QueueFull { .. }
             | SessionError::NoMemory
+            | SessionError::TooManyProcesses { .. }
             | SessionError::TooManySessions { .. } => Self::too_many(detail, 1),
             SessionError::ShuttingDown => Self::new(StatusCode::SERVICE_UNAVAILABLE, detail),
             SessionError::Unavailable(cause) => {

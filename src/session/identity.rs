@@ -43,7 +43,7 @@ pub(crate) async fn rehearse(vm: &dyn Vm, generation: u64, limit: Duration) -> a
         let mut run = vm.execute(empty_command(limit)).await?;
         loop {
             match run.next().await {
-                RunEvent::Stdout(_) | RunEvent::Stderr(_) => {}
+                RunEvent::Stdout(_) | RunEvent::Stderr(_) | RunEvent::Rich(_) => {}
                 RunEvent::Exit(exit) => {
                     anyhow::ensure!(exit.exit_code == 0, "it ended with {}", exit.exit_code);
                     return Ok(());

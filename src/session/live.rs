@@ -3,11 +3,12 @@
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio::time::Instant;
 
 use super::limits::{HostPermit, PlanPermit};
 use super::line::lock;
+use super::process::MOST_PROCESSES;
 use super::reaper::Reaper;
 use super::vm::Vm;
 
@@ -49,6 +50,8 @@ pub(crate) struct Live {
     pub(crate) vm: Arc<dyn Vm>,
     pub(crate) started: Instant,
     pub(crate) expires: Instant,
+    /// Room for processes beside its commands.
+    pub(crate) processes: Arc<Semaphore>,
     ended: watch::Sender<Option<End>>,
     /// Given back when it ends; who takes them ends it.
     permits: Mutex<Option<(PlanPermit, HostPermit)>>,
@@ -67,6 +70,7 @@ impl Live {
             vm,
             started,
             expires: started + lifetime,
+            processes: Arc::new(Semaphore::new(MOST_PROCESSES)),
             ended: watch::Sender::new(None),
             permits: Mutex::new(Some(permits)),
         }

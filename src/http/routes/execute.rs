@@ -17,10 +17,11 @@ use crate::http::openapi::{
 };
 use crate::http::reply::{self, Reply, iso, iso_ms};
 use crate::http::retry::{Same, name_reused};
-use crate::session::{Command, Outcome, SessionId, SessionSpec};
+use crate::session::{Attached, Command, ContextName, Outcome, SessionId, SessionSpec};
 use crate::store::{NewTask, Submitted, language_name};
 use crate::task::SubmitError;
 use serde_json::json;
+use serde_json::value::RawValue;
 
 /// What this file answers.
 pub(super) const GROUP: Group = Group {
@@ -112,6 +113,8 @@ struct CommandResult<'a> {
     created_at: String,
     timed_out: bool,
     truncated: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    results: Option<&'a RawValue>,
     #[serde(skip_serializing_if = "is_zero")]
     truncated_bytes: u64,
     #[serde(skip_serializing_if = "std::ops::Not::not")]
@@ -153,6 +156,7 @@ pub(super) async fn execute(mut call: Call) -> Result<Reply, ApiError> {
     let command = Command {
         language: request.language,
         code: request.code,
+        context: request.context,
         timeout,
         answer_within: Some(timeout.saturating_sub(MARGIN)),
     };
@@ -160,7 +164,7 @@ pub(super) async fn execute(mut call: Call) -> Result<Reply, ApiError> {
         let created_at = iso(jiff::Timestamp::now());
         let language = language_name(command.language);
         let ticket = app.backend.accept(&caller.tenant, &session)?;
-        let running = ticket.run(caller.limits, command, None);
+        let running = ticket.run(caller.limits, command, Attached::default());
         let id = session.to_string();
         Ok(async move { Ok(result(&running.await?, &id, language, created_at)) })
     };
@@ -181,6 +185,7 @@ pub(super) async fn execute_async(mut call: Call) -> Result<Reply, ApiError> {
         command: Command {
             language: wanted.request.language,
             code: wanted.request.code,
+            context: wanted.request.context,
             timeout: Duration::from_secs(wanted.request.timeout_s.into()),
             answer_within: None,
         },
@@ -295,6 +300,7 @@ fn content_hash(route: &str, request: &CommandRequest) -> [u8; 32] {
         route,
         &session,
         language_name(request.language),
+        request.context.as_ref().map_or("", ContextName::as_str),
         &timeout,
         &request.code,
     ] {
@@ -321,9 +327,15 @@ fn result(
         created_at,
         timed_out: outcome.timed_out,
         truncated: outcome.truncated_bytes > 0,
+        results: raw_json(&outcome.results),
         truncated_bytes: outcome.truncated_bytes,
         vm_restarted: outcome.vm_restarted,
     })
+}
+
+/// Results as they are stored: JSON, or nothing.
+pub(super) fn raw_json(text: &str) -> Option<&RawValue> {
+    serde_json::from_str(text).ok()
 }
 
 fn accepted(task_id: &str, session_id: &str, created_at: String) -> Bytes {

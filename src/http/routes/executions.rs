@@ -5,6 +5,7 @@ use std::time::Duration;
 use hyper::StatusCode;
 use serde::Serialize;
 
+use super::execute::raw_json;
 use super::{Access, Endpoint, Group, Takes};
 use crate::http::app::Call;
 use crate::http::error::ApiError;
@@ -12,6 +13,7 @@ use crate::http::openapi::{language, nullable, object, text, time, truth, uuid};
 use crate::http::reply::{self, Reply, iso_ms};
 use crate::store::{TaskRow, language_name};
 use serde_json::json;
+use serde_json::value::RawValue;
 
 /// What this file answers.
 pub(super) const GROUP: Group = Group {
@@ -64,6 +66,8 @@ struct Task<'a> {
     created_at: String,
     language: &'static str,
     truncated: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    results: Option<&'a RawValue>,
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     vm_restarted: bool,
 }
@@ -104,6 +108,7 @@ fn shown(row: &TaskRow) -> Task<'_> {
         created_at: iso_ms(row.created_ms),
         language: language_name(row.command.language),
         truncated: row.truncated_bytes > 0,
+        results: raw_json(&row.results),
         vm_restarted: row.vm_restarted,
     }
 }

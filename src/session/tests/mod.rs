@@ -57,6 +57,7 @@ pub(super) async fn start(config: SessionConfig) -> (Sessions, Arc<Source>) {
 
 pub(super) fn command(code: &str) -> Command {
     Command {
+        context: None,
         language: Language::Python,
         code: code.into(),
         timeout: Duration::from_secs(60),
@@ -74,7 +75,8 @@ impl Sessions {
         id: &SessionId,
         command: Command,
     ) -> Result<Outcome, SessionError> {
-        self.execute(&tenant(), PLAN, id, command, None).await
+        self.execute(&tenant(), PLAN, id, command, Attached::default())
+            .await
     }
 
     pub(super) async fn say(&self, id: &SessionId, code: &str) -> Outcome {
@@ -89,7 +91,11 @@ impl Sessions {
     ) -> tokio::task::JoinHandle<Result<Outcome, SessionError>> {
         let accepted = self.accept(&tenant(), id).unwrap();
         let sessions = self.clone();
-        tokio::spawn(async move { sessions.run(accepted, PLAN, command, None).await })
+        tokio::spawn(async move {
+            sessions
+                .run(accepted, PLAN, command, Attached::default())
+                .await
+        })
     }
 }
 
