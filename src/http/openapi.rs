@@ -170,9 +170,13 @@ pub(super) fn nullable(kind: &str) -> Value {
     json!({ "anyOf": [{ "type": kind }, { "type": "null" }] })
 }
 
-/// A schema, or null.
-pub(super) fn or_null(schema: Value) -> Value {
-    json!({ "anyOf": [schema, { "type": "null" }] })
+/// Values in several representations.
+pub(super) fn results() -> Value {
+    json!({
+        "type": "array",
+        "description": "Each value's representations by MIME type; images in base64",
+        "items": { "type": "object" },
+    })
 }
 
 /// An object.
