@@ -96,6 +96,14 @@ impl ApiError {
         self.status
     }
 
+    /// What it tells the client, as text.
+    pub fn detail(&self) -> String {
+        match &self.detail {
+            Value::String(text) => text.clone(),
+            other => other.to_string(),
+        }
+    }
+
     /// Its reply.
     pub fn reply(&self) -> Reply {
         let mut reply = reply::json(self.status, &json!({ "detail": self.detail }));

@@ -4,4 +4,4 @@ pub mod fields;
 mod json;
 mod requests;
 
-pub use requests::{Body, CommandRequest, SessionRequest, password_form};
+pub use requests::{Body, CommandRequest, SessionRequest, form, missing, password_form};

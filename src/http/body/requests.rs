@@ -261,6 +261,31 @@ fn parse_id(text: &str) -> Result<SessionId, String> {
     SessionId::parse(&id.as_hyphenated().to_string()).ok_or_else(|| "unknown version".into())
 }
 
+/// A field that is not there and must be.
+pub fn missing(name: &str) -> Fault {
+    Fault {
+        kind: "missing",
+        loc: vec!["body".into(), name.into()],
+        msg: "Field required".into(),
+        input: Value::Null,
+        ctx: None,
+    }
+}
+
+/// Reads a urlencoded form, whose values are all texts.
+///
+/// # Errors
+/// 422 with everything that is wrong.
+pub fn form<T>(body: &[u8], read: impl FnOnce(&mut Fields<'_>) -> T) -> Result<T, ApiError> {
+    let values: serde_json::Map<String, Value> = form_urlencoded::parse(body)
+        .map(|(name, value)| (name.into_owned(), value.into_owned().into()))
+        .collect();
+    Body {
+        value: Value::Object(values),
+    }
+    .fields(read)
+}
+
 /// The fields of an OAuth2 password form, as FastAPI's `OAuth2PasswordRequestForm` reads them.
 ///
 /// # Errors
@@ -284,13 +309,7 @@ pub fn password_form(body: &[u8]) -> Result<(String, String), ApiError> {
         form.remove(name)
             .filter(|value| !value.is_empty())
             .unwrap_or_else(|| {
-                faults.push(Fault {
-                    kind: "missing",
-                    loc: vec!["body".into(), name.into()],
-                    msg: "Field required".into(),
-                    input: Value::Null,
-                    ctx: None,
-                });
+                faults.push(missing(name));
                 String::new()
             })
     };

@@ -4,6 +4,7 @@
 mod account;
 mod execute;
 mod executions;
+mod files;
 mod sessions;
 mod system;
 
@@ -30,6 +31,8 @@ pub enum Takes {
     Form(&'static str),
     /// A multipart form of this schema.
     Multipart(&'static str),
+    /// Bytes.
+    Bytes,
 }
 
 /// Who may call an endpoint.
@@ -41,7 +44,7 @@ pub enum Access {
     Key,
 }
 
-/// A query parameter. All are optional: what a request must say is in its path or body.
+/// A query parameter.
 #[derive(Clone, Copy, Debug)]
 pub struct Query {
     /// Its name.
@@ -55,6 +58,8 @@ pub struct Query {
 /// What a query parameter may be.
 #[derive(Clone, Copy, Debug)]
 pub enum QueryKind {
+    /// Any text, which must be there.
+    Required,
     /// Any text.
     Text,
     /// `true` or `false`; absent, this.
@@ -66,7 +71,7 @@ pub enum QueryKind {
 /// One endpoint.
 #[derive(Debug)]
 pub struct Endpoint {
-    /// `GET`, `POST`, `PATCH` or `DELETE`.
+    /// `GET`, `POST`, `PUT`, `PATCH` or `DELETE`.
     pub method: &'static str,
     /// With parameters in braces.
     pub path: &'static str,
@@ -101,6 +106,7 @@ pub struct Group {
 pub const GROUPS: &[Group] = &[
     execute::GROUP,
     executions::GROUP,
+    files::GROUP,
     sessions::GROUP,
     account::GROUP,
     system::GROUP,
