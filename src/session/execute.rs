@@ -110,6 +110,7 @@ impl Core {
             code: Some(command.code),
             timeout_ms: deadline.duration_since(began).as_millis() as u64,
             env: Default::default(),
+            live: command.live,
             context: command.context.map(|name| name.as_str().to_owned()),
         };
         let collector = Collector::new(self.config.output_bytes, self.budget.clone());

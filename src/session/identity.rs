@@ -66,5 +66,6 @@ fn empty_command(limit: Duration) -> Execute {
         timeout_ms: u64::try_from(limit.as_millis()).unwrap_or(u64::MAX),
         env: BTreeMap::new(),
         context: None,
+        live: false,
     }
 }

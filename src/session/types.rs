@@ -74,6 +74,8 @@ pub struct Command {
     pub code: String,
     /// Which of the session's interpreters of this language.
     pub context: Option<ContextName>,
+    /// Whether somebody watches its output as it comes.
+    pub live: bool,
     /// How long it may run in the guest: 1 to 600 s.
     pub timeout: Duration,
     /// How long after acceptance the caller must have an answer, waiting in line and starting a

@@ -101,9 +101,10 @@ CREATE TABLE tasks_new (
     cpu_us INTEGER,
     vm_restarted INTEGER NOT NULL DEFAULT 0,
     context TEXT,
-    results TEXT NOT NULL DEFAULT ''
+    results TEXT NOT NULL DEFAULT '',
+    live INTEGER NOT NULL DEFAULT 0
 ) STRICT;
-INSERT INTO tasks_new SELECT *, NULL, '' FROM tasks;
+INSERT INTO tasks_new SELECT *, NULL, '', 0 FROM tasks;
 DROP TABLE tasks;
 ALTER TABLE tasks_new RENAME TO tasks;
 CREATE UNIQUE INDEX tasks_by_idempotency ON tasks(tenant, idempotency_key)

@@ -123,7 +123,7 @@ pub enum Submitted {
 }
 
 const COLUMNS: &str = "id, tenant, session_id, language, code, timeout_ms, max_vms, state,
-    created_ms, stdout, stderr, truncated_bytes, exit_code, execution_us, cpu_us, vm_restarted, context, results";
+    created_ms, stdout, stderr, truncated_bytes, exit_code, execution_us, cpu_us, vm_restarted, context, results, live";
 
 impl NewTask {
     /// Stores the task unless it is a repetition or the tenant has `limit` open tasks.
@@ -166,8 +166,8 @@ impl NewTask {
         transaction
             .prepare_cached(
                 "INSERT INTO tasks (id, tenant, session_id, language, code, timeout_ms, max_vms,
-                    idempotency_key, body_hash, state, created_ms, context)
-                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, 'queued', ?10, ?11)",
+                    idempotency_key, body_hash, state, created_ms, context, live)
+                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, 'queued', ?10, ?11, ?12)",
             )?
             .execute(params![
                 self.id,
@@ -181,6 +181,7 @@ impl NewTask {
                 self.body_hash.as_slice(),
                 now_ms(),
                 self.command.context.as_ref().map(ContextName::as_str),
+                self.command.live,
             ])?;
         transaction.commit()?;
         Ok(Submitted::New)
@@ -241,6 +242,7 @@ impl TaskRow {
                 code: row.get(4)?,
                 timeout: std::time::Duration::from_millis(row.get::<_, i64>(5)?.max(0) as u64),
                 answer_within: None,
+                live: row.get(18)?,
                 context: row
                     .get::<_, Option<String>>(16)?
                     .as_deref()
@@ -425,6 +427,7 @@ mod tests {
             session_id: "s".into(),
             command: Command {
                 context: None,
+                live: false,
                 language: Language::Bash,
                 code: "true".into(),
                 timeout: Duration::from_secs(5),

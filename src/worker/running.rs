@@ -288,6 +288,7 @@ pub fn command(
         timeout_ms: u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX),
         env: BTreeMap::new(),
         context: None,
+        live: false,
     }
 }
 

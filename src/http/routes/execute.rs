@@ -23,6 +23,9 @@ use crate::task::SubmitError;
 use serde_json::json;
 use serde_json::value::RawValue;
 
+/// Where a command is followed from its start.
+const STREAM: &str = "/v1/executions/stream";
+
 /// What this file answers.
 pub(super) const GROUP: Group = Group {
     endpoints: &[
@@ -52,7 +55,7 @@ pub(super) const GROUP: Group = Group {
         },
         Endpoint {
             method: "POST",
-            path: "/v1/executions/stream",
+            path: STREAM,
             name: "stream_command",
             summary: "Queue a command and follow it: server-sent events `start`, `stdout`, `stderr`, `result`, `exit`",
             access: Access::Key,
@@ -178,6 +181,7 @@ pub(super) async fn execute(mut call: Call) -> Result<Reply, ApiError> {
         language: request.language,
         code: request.code,
         context: request.context,
+        live: false,
         timeout,
         answer_within: Some(timeout.saturating_sub(MARGIN)),
     };
@@ -204,9 +208,9 @@ pub(super) async fn execute_async(mut call: Call) -> Result<Reply, ApiError> {
 
 /// `POST /v1/executions/stream`: as `/execute_async`, followed at once.
 pub(super) async fn execute_stream(mut call: Call) -> Result<Reply, ApiError> {
-    let wanted = wanted(&mut call, "/v1/executions/stream").await?;
+    let wanted = wanted(&mut call, STREAM).await?;
     let tenant = wanted.caller.tenant.clone();
-    let (task, _) = submit(&call.app, wanted, "/v1/executions/stream").await?;
+    let (task, _) = submit(&call.app, wanted, STREAM).await?;
     executions::follow(call.app.clone(), tenant, task)
 }
 
@@ -226,6 +230,7 @@ async fn submit(
             language: wanted.request.language,
             code: wanted.request.code,
             context: wanted.request.context,
+            live: route == STREAM,
             timeout: Duration::from_secs(wanted.request.timeout_s.into()),
             answer_within: None,
         },

@@ -58,6 +58,7 @@ pub(super) async fn start(config: SessionConfig) -> (Sessions, Arc<Source>) {
 pub(super) fn command(code: &str) -> Command {
     Command {
         context: None,
+        live: false,
         language: Language::Python,
         code: code.into(),
         timeout: Duration::from_secs(60),
