@@ -22,4 +22,5 @@ pub mod session;
 pub mod store;
 pub mod task;
 pub mod template;
+pub mod terminal;
 pub mod worker;

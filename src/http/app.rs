@@ -24,6 +24,7 @@ use super::router::{Params, Router};
 use crate::backend::Backend;
 use crate::config::Config;
 use crate::task::Tasks;
+use crate::terminal::Terminals;
 
 /// How long the rest of a refused request is waited for.
 const DISCARD: Duration = Duration::from_secs(1);
@@ -39,6 +40,8 @@ pub struct App {
     pub backend: Arc<dyn Backend>,
     /// The task queue.
     pub tasks: Tasks,
+    /// The sessions' terminals.
+    pub terminals: Terminals,
     /// Requests that run, for those who send one again.
     pub retries: Retries,
     /// What is counted here.
@@ -66,6 +69,7 @@ impl App {
             auth,
             backend,
             tasks,
+            terminals: Terminals::default(),
             retries: Retries::default(),
             metrics,
             registry,
@@ -255,6 +259,21 @@ impl Call {
             Some(secret) => Ok((self.admit(&secret)?, body)),
             None => Err(self.refuse(Refusal::NoCredentials)),
         }
+    }
+
+    /// As [`Self::caller_and_body`], for calls that usually have no body.
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn caller_and_optional_body(&mut self) -> Result<(Caller, Body), ApiError> {
+        let caller = match self.caller() {
+            Ok(caller) => caller,
+            Err(error) => {
+                self.discard().await;
+                return Err(error);
+            }
+        };
+        Ok((caller, Body::parse_optional(&self.bytes().await?)?))
     }
 
     /// Who has this key or token, counted against the plan.

@@ -117,6 +117,7 @@ fn meaning(status: u16) -> &'static str {
         409 => "Not in this state",
         413 => "The body is too large",
         422 => "Validation Error",
+        426 => "Not a WebSocket client",
         429 => "Over the plan's or the host's limits; see Retry-After",
         501 => "This image or server cannot",
         503 => "The server is shutting down, or no VM can be started",

@@ -51,6 +51,14 @@ impl<'a> Fields<'a> {
         }
     }
 
+    /// Notes that a field must be there, if it is not.
+    pub fn must_be_given(&mut self, name: &str) {
+        if !self.object.contains_key(name) {
+            let input = self.input();
+            self.fault(&[name], "missing", "Field required", input, None);
+        }
+    }
+
     /// Whether a field is there and not null.
     pub fn given(&self, name: &str) -> bool {
         self.object.get(name).is_some_and(|value| !value.is_null())

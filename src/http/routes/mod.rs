@@ -5,6 +5,7 @@ mod account;
 mod execute;
 mod executions;
 mod files;
+mod pty;
 mod sessions;
 mod system;
 
@@ -107,6 +108,7 @@ pub const GROUPS: &[Group] = &[
     execute::GROUP,
     executions::GROUP,
     files::GROUP,
+    pty::GROUP,
     sessions::GROUP,
     account::GROUP,
     system::GROUP,
