@@ -52,6 +52,8 @@ pub struct ServerConfig {
     pub max_connections: usize,
     /// Largest request body in bytes; larger ones get 413.
     pub max_body_bytes: usize,
+    /// Megabytes of request bodies that may be in memory at once; more wait, and get 429 in the end.
+    pub body_memory_mib: u32,
     /// Largest file in bytes that may be uploaded; a VM's memory is the narrower bound.
     pub max_upload_bytes: u64,
     /// Largest request head in bytes.
@@ -84,6 +86,8 @@ impl Default for ServerConfig {
             max_connections: 1024,
             // A notebook cell or a script with a small file in it; uploads have their own route.
             max_body_bytes: 4 << 20,
+            // A sixteenth of the smallest host that thaw is made for.
+            body_memory_mib: 256,
             // Half of the largest VM: a file is held in its memory.
             max_upload_bytes: 4 << 30,
             max_header_bytes: 16 << 10,

@@ -12,6 +12,7 @@ use hyper::header::HeaderValue;
 use hyper::http::request::Parts;
 use hyper::{Request, StatusCode};
 use prometheus_client::registry::Registry;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::auth::{Auth, Caller, Presented, Refusal, presented};
 use super::body::Body;
@@ -25,6 +26,9 @@ use crate::backend::Backend;
 use crate::config::Config;
 use crate::task::Tasks;
 use crate::terminal::Terminals;
+
+/// Bodies up to this size need no room of their own: connections are bounded, and so are these.
+const SMALL_BODY: usize = 16 << 10;
 
 /// How long the rest of a refused request is waited for.
 const DISCARD: Duration = Duration::from_secs(1);
@@ -42,6 +46,8 @@ pub struct App {
     pub tasks: Tasks,
     /// The sessions' terminals.
     pub terminals: Terminals,
+    /// KiB of bodies that may still be held; see [`SMALL_BODY`].
+    bodies: Arc<Semaphore>,
     /// Requests that run, for those who send one again.
     pub retries: Retries,
     /// What is counted here.
@@ -64,7 +70,9 @@ impl App {
         mut registry: Registry,
     ) -> anyhow::Result<Arc<Self>> {
         let metrics = Metrics::register(&mut registry);
+        let bodies = config.server.body_memory_mib as usize * 1024;
         Ok(Arc::new(Self {
+            bodies: Arc::new(Semaphore::new(bodies.min(Semaphore::MAX_PERMITS))),
             config,
             auth,
             backend,
@@ -94,6 +102,7 @@ impl App {
             Ok((endpoint, params)) => {
                 let call = Call {
                     parts,
+                    held: None,
                     body: Some(
                         body.map_err(|error| BrokenOff(error.into().to_string()))
                             .boxed_unsync(),
@@ -157,6 +166,8 @@ pub struct Call {
     pub parts: Parts,
     params: Params,
     body: Option<Incoming>,
+    /// Room for the body, until the request is answered.
+    held: Option<OwnedSemaphorePermit>,
 }
 
 impl std::fmt::Debug for Call {
@@ -205,8 +216,22 @@ impl Call {
         let Some(body) = self.body.take() else {
             return Ok(Bytes::new());
         };
-        let reading = read(body, self.app.config.server.max_body_bytes);
+        let limit = self.app.config.server.max_body_bytes;
         let most = Duration::from_secs(self.app.config.server.body_timeout_s);
+        let expected = body.size_hint().upper().unwrap_or(limit as u64);
+        let expected = usize::try_from(expected).unwrap_or(limit).min(limit);
+        if expected > SMALL_BODY {
+            let kib = u32::try_from(expected / 1024).unwrap_or(u32::MAX);
+            let room = self.app.bodies.clone().acquire_many_owned(kib);
+            match tokio::time::timeout(most, room).await {
+                Ok(Ok(room)) => self.held = Some(room),
+                Ok(Err(_)) | Err(_) => {
+                    let detail = "Too many large requests at once; try again shortly";
+                    return Err(ApiError::too_many(detail, 1));
+                }
+            }
+        }
+        let reading = read(body, limit);
         tokio::time::timeout(most, reading)
             .await
             .unwrap_or_else(|_| {
@@ -220,7 +245,11 @@ impl Call {
     /// Reads the body and forgets it. An answer before the end of the request would close the
     /// connection, and a client that still sends might never see the answer.
     async fn discard(&mut self) {
-        if let Err(error) = tokio::time::timeout(DISCARD, self.bytes()).await {
+        let Some(mut body) = self.body.take() else {
+            return;
+        };
+        let rest = async { while let Some(Ok(_)) = body.frame().await {} };
+        if let Err(error) = tokio::time::timeout(DISCARD, rest).await {
             tracing::debug!(%error, "the body of a refused request did not come");
         }
     }

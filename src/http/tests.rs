@@ -455,6 +455,36 @@ async fn slow_heads_and_idle_connections_are_cut_and_busy_ones_are_not() {
 }
 
 #[tokio::test]
+async fn what_is_no_http_is_answered_and_a_half_request_holds_nothing_up() {
+    let world = World::new(|_| {}).await;
+    let long = format!(
+        "GET / HTTP/1.1\r\nHost: x\r\nA: {}\r\n\r\n",
+        "x".repeat(20_000)
+    );
+    for (sent, status) in [("GARBAGE\r\n\r\n", "400"), (long.as_str(), "431")] {
+        let mut stream = world.connect().await.0;
+        stream.write_all(sent.as_bytes()).await.unwrap();
+        let mut answer = vec![0; 64];
+        let count = stream.read(&mut answer).await.unwrap();
+        let answer = String::from_utf8_lossy(&answer[..count]).into_owned();
+        assert!(
+            answer.starts_with(&format!("HTTP/1.1 {status}")),
+            "{answer:?}"
+        );
+    }
+    let mut stream = world.connect().await.0;
+    let one_and_a_half = "GET /health HTTP/1.1\r\nHost: x\r\n\r\nGET /hea";
+    stream.write_all(one_and_a_half.as_bytes()).await.unwrap();
+    let mut answer = vec![0; 64];
+    let read = tokio::time::timeout(Duration::from_secs(5), stream.read(&mut answer)).await;
+    assert!(
+        read.expect("the first request waits for the second")
+            .unwrap()
+            > 0
+    );
+}
+
+#[tokio::test]
 async fn the_connection_cap_makes_others_wait() {
     let world = World::new(|config| config.server.max_connections = 1).await;
     let mut first = world.connect().await;

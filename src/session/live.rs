@@ -1,5 +1,6 @@
 //! A session's VM while it runs, and how it ended.
 
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -50,6 +51,8 @@ pub(crate) struct Live {
     pub(crate) vm: Arc<dyn Vm>,
     pub(crate) started: Instant,
     pub(crate) expires: Instant,
+    /// An interpreter was replaced, and no command has told so yet.
+    pub(crate) state_lost: AtomicBool,
     /// Room for processes beside its commands.
     pub(crate) processes: Arc<Semaphore>,
     ended: watch::Sender<Option<End>>,
@@ -70,6 +73,7 @@ impl Live {
             vm,
             started,
             expires: started + lifetime,
+            state_lost: AtomicBool::new(false),
             processes: Arc::new(Semaphore::new(MOST_PROCESSES)),
             ended: watch::Sender::new(None),
             permits: Mutex::new(Some(permits)),

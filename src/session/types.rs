@@ -107,6 +107,18 @@ pub struct Attached {
     pub feed: Option<std::sync::Arc<super::Feed>>,
     /// The command is stopped when this becomes true.
     pub cancel: Option<tokio::sync::watch::Receiver<bool>>,
+    /// Who must know that the command starts before it can have any effect.
+    pub witness: Option<std::sync::Arc<dyn Witness>>,
+}
+
+/// Somebody who must know that a command starts: asked when its VM is in hand, before the VM is given
+/// the command. So what was not witnessed has certainly not run.
+pub trait Witness: std::fmt::Debug + Send + Sync {
+    /// Takes note.
+    ///
+    /// # Errors
+    /// It cannot; the command is not started then.
+    fn starts(&self) -> futures_util::future::BoxFuture<'_, anyhow::Result<()>>;
 }
 
 /// How a command ended. A command that failed or overran is an outcome, not an error.

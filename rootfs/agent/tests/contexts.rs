@@ -95,7 +95,7 @@ fn what_is_watched_leaves_as_it_is_printed() {
     let mut host = Host::new("live");
     let code = "import time\nprint('line')\ntime.sleep(3)\nprint('rest', end='')\ntime.sleep(3)";
     let stream = host.begin(Python, code, None, true);
-    let mut next = |host: &mut Host| -> (Vec<u8>, Instant) {
+    let next = |host: &mut Host| -> (Vec<u8>, Instant) {
         loop {
             let frame = host.receive();
             if frame.stream == stream && frame.kind == Kind::Stdout {
