@@ -75,10 +75,7 @@ fn descriptors(memory: &GuestMemory, layout: &Layout) -> Result<(), MemoryError>
         AREA_BASE + AREA_EXCEPTION_STACK,
     )?;
     // For the reason given at `Layout::direct`.
-    unaligned(
-        0x24 + 8 * (FAULT_IST - 1),
-        layout.direct(AREA_FAULT_STACK),
-    )?;
+    unaligned(0x24 + 8 * (FAULT_IST - 1), layout.direct(AREA_FAULT_STACK))?;
     memory.write(
         tss + 0x66,
         &u16::try_from(TSS_BITMAP).unwrap_or(0).to_le_bytes(),

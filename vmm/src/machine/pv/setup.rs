@@ -123,7 +123,7 @@ pub fn boot(config: &BootConfig<'_>) -> anyhow::Result<PvMachine> {
         ended: false,
     };
     for (field, value) in [
-        (COMM_KERNEL_MODE, 1),
+        (COMM_KERNEL_MODE, IN_KERNEL),
         (COMM_VCPU_INFO, DIRECT_BASE + layout.area + AREA_SHARED_INFO),
         (COMM_CR3, start.page_table),
         (COMM_AREA, layout.area),
