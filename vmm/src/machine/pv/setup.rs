@@ -119,6 +119,7 @@ pub fn boot(config: &BootConfig<'_>) -> anyhow::Result<PvMachine> {
         armed: None,
         at_port: false,
         retry: false,
+        tries: 0,
         postponed: 0,
         ended: false,
     };
@@ -169,6 +170,7 @@ pub fn restore(state: &[u8], memory: OwnedFd, tuning: Tuning) -> anyhow::Result<
         armed: None,
         at_port: false,
         retry: false,
+        tries: 0,
         postponed: 0,
         ended: false,
     };
