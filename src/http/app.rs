@@ -1,7 +1,7 @@
 //! What every request can use, and the way of a request from its head to its reply.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -23,10 +23,21 @@ use super::retry::Retries;
 use super::router::{Params, Router};
 use crate::backend::Backend;
 use crate::config::Config;
+use crate::store::Store;
 use crate::task::Tasks;
+use crate::vms::Vms;
 
 /// How long the rest of a refused request is waited for.
 const DISCARD: Duration = Duration::from_secs(1);
+
+/// What the calls about VMs, snapshots and accounts need.
+#[derive(Debug)]
+pub struct Control {
+    /// What outlives the server.
+    pub store: Store,
+    /// The VMs.
+    pub vms: Vms,
+}
 
 /// What the requests share.
 #[derive(Debug)]
@@ -39,6 +50,8 @@ pub struct App {
     pub backend: Arc<dyn Backend>,
     /// The task queue.
     pub tasks: Tasks,
+    /// VMs, snapshots, accounts.
+    pub control: Control,
     /// Requests that run, for those who send one again.
     pub retries: Retries,
     /// What is counted here.
@@ -58,6 +71,7 @@ impl App {
         auth: Arc<Auth>,
         backend: Arc<dyn Backend>,
         tasks: Tasks,
+        control: Control,
         mut registry: Registry,
     ) -> anyhow::Result<Arc<Self>> {
         let metrics = Metrics::register(&mut registry);
@@ -66,6 +80,7 @@ impl App {
             auth,
             backend,
             tasks,
+            control,
             retries: Retries::default(),
             metrics,
             registry,
@@ -90,10 +105,10 @@ impl App {
             Ok((endpoint, params)) => {
                 let call = Call {
                     parts,
-                    body: Some(
+                    body: Mutex::new(Some(
                         body.map_err(|error| BrokenOff(error.into().to_string()))
                             .boxed_unsync(),
-                    ),
+                    )),
                     params,
                     app: self.clone(),
                 };
@@ -152,7 +167,8 @@ pub struct Call {
     /// Its head.
     pub parts: Parts,
     params: Params,
-    body: Option<Incoming>,
+    /// Never contended: it makes a reference to a call something that can go from thread to thread.
+    body: Mutex<Option<Incoming>>,
 }
 
 impl std::fmt::Debug for Call {
@@ -190,7 +206,8 @@ impl Call {
     /// The body as it comes, once: for what is too large to be held. Its size and time are the
     /// caller's to bound.
     pub fn incoming(&mut self) -> Option<Incoming> {
-        self.body.take()
+        let body = self.body.get_mut();
+        body.unwrap_or_else(PoisonError::into_inner).take()
     }
 
     /// The body's bytes.
@@ -198,7 +215,7 @@ impl Call {
     /// # Errors
     /// It is too large, too slow or broken off.
     pub async fn bytes(&mut self) -> Result<Bytes, ApiError> {
-        let Some(body) = self.body.take() else {
+        let Some(body) = self.incoming() else {
             return Ok(Bytes::new());
         };
         let reading = read(body, self.app.config.server.max_body_bytes);
@@ -254,6 +271,20 @@ impl Call {
         match body.api_key().map(str::to_owned) {
             Some(secret) => Ok((self.admit(&secret)?, body)),
             None => Err(self.refuse(Refusal::NoCredentials)),
+        }
+    }
+
+    /// Who makes a request, and its body, which may be absent. The key is in the head.
+    ///
+    /// # Errors
+    /// Nobody that may, or too often; the body is not JSON.
+    pub async fn caller_and_maybe_body(&mut self) -> Result<(Caller, Body), ApiError> {
+        match self.caller() {
+            Ok(caller) => Ok((caller, Body::parse_optional(&self.bytes().await?)?)),
+            Err(error) => {
+                self.discard().await;
+                Err(error)
+            }
         }
     }
 

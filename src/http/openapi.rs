@@ -73,12 +73,14 @@ fn operation(endpoint: &Endpoint) -> Value {
 /// Every status that the endpoint may answer with: those that follow from what it is, and its own.
 fn responses(endpoint: &Endpoint) -> Map<String, Value> {
     let mut responses = Map::new();
-    let good = if endpoint.gives.contains('/') {
-        json!({ "description": "Successful Response", "content": { endpoint.gives: {} } })
-    } else {
-        reply("Successful Response", endpoint.gives)
+    let good = match endpoint.gives {
+        "" => None,
+        media if media.contains('/') => {
+            Some(json!({ "description": "Successful Response", "content": { media: {} } }))
+        }
+        schema => Some(reply("Successful Response", schema)),
     };
-    responses.insert("200".into(), good);
+    responses.extend(good.map(|good| ("200".to_owned(), good)));
     let mut statuses = endpoint.refuses.to_vec();
     if endpoint.access == Access::Key {
         statuses.extend([401, 429]);

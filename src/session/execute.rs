@@ -97,7 +97,7 @@ impl Core {
             code_len: 0,
             code: Some(command.code),
             timeout_ms: deadline.duration_since(began).as_millis() as u64,
-            env: Default::default(),
+            env: live.staged_env(),
             context: None,
         };
         let collector = Collector::new(self.config.output_bytes, self.budget.clone());

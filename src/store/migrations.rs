@@ -6,7 +6,16 @@
 use rusqlite::Connection;
 
 /// Every step, oldest first.
-const STEPS: &[&str] = &[USERS_KEYS_PLANS, TASKS, super::sessions::SCHEMA];
+const STEPS: &[&str] = &[
+    USERS_KEYS_PLANS,
+    TASKS,
+    super::sessions::SCHEMA,
+    super::vms::SCHEMA,
+    super::audit::SCHEMA,
+    super::ssh_keys::SCHEMA,
+    super::egress::SCHEMA,
+    "ALTER TABLE keys ADD COLUMN last_used_ms INTEGER;",
+];
 
 /// Times are milliseconds since the Unix epoch. `epoch` invalidates a user's tokens when it grows.
 /// A key's `lookup` is not secret and finds the row; `hash` is SHA-256 of the whole key.

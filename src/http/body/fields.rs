@@ -56,6 +56,28 @@ impl<'a> Fields<'a> {
         self.object.get(name).is_some_and(|value| !value.is_null())
     }
 
+    /// A field as it is.
+    pub fn raw(&self, name: &str) -> Option<&'a Value> {
+        self.object.get(name)
+    }
+
+    /// Reads the fields of an object within this one. What is wrong there is told with its place.
+    pub fn nested<T>(&mut self, name: &str, read: impl FnOnce(&mut Fields<'_>) -> T) -> Option<T> {
+        let object = self.object(name)?;
+        let mut inner = Fields {
+            root: self.root,
+            object,
+            faults: Vec::new(),
+        };
+        let value = read(&mut inner);
+        self.faults
+            .extend(inner.faults.into_iter().map(|mut fault| {
+                fault.loc.insert(1, name.into());
+                fault
+            }));
+        Some(value)
+    }
+
     /// Nothing was wrong, or all that was.
     ///
     /// # Errors
