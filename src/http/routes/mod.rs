@@ -2,12 +2,15 @@
 //! document is made.
 
 mod account;
+mod api_keys;
+mod audit;
 mod egress;
 mod execute;
 mod executions;
 mod sandboxes;
 mod sessions;
 mod snapshots;
+mod ssh_keys;
 mod system;
 mod vm_actions;
 mod vms;
@@ -113,7 +116,10 @@ pub const GROUPS: &[Group] = &[
     vm_actions::GROUP,
     snapshots::GROUP,
     account::GROUP,
+    api_keys::GROUP,
+    ssh_keys::GROUP,
     egress::GROUP,
+    audit::GROUP,
     system::GROUP,
 ];
 
