@@ -1,6 +1,7 @@
 //! The endpoints: lists, one for each resource, from which requests are routed and the OpenAPI
 //! document is made.
 
+pub(super) mod absent;
 mod account;
 mod api_keys;
 mod audit;
@@ -120,6 +121,7 @@ pub const GROUPS: &[Group] = &[
     ssh_keys::GROUP,
     egress::GROUP,
     audit::GROUP,
+    absent::GROUP,
     system::GROUP,
 ];
 
