@@ -2,10 +2,11 @@
 //! without VMs.
 
 use futures_util::future::BoxFuture;
+use thaw_wire::message::Process;
 
 use crate::session::{
-    Accepted, Command, Outcome, OutputWatch, PlanLimits, SessionError, SessionId, SessionSpec,
-    SessionView, Sessions, TenantId,
+    Accepted, Attached, Command, Outcome, PlanLimits, ProcessHandle, SessionError, SessionId,
+    SessionSpec, SessionView, Sessions, TenantId,
 };
 
 /// The sessions, as seen from the API.
@@ -30,6 +31,15 @@ pub trait Backend: std::fmt::Debug + Send + Sync + 'static {
     /// There is no such session, or its line is full.
     fn accept(&self, tenant: &TenantId, id: &SessionId) -> Result<Box<dyn Ticket>, SessionError>;
 
+    /// Starts a process in the session's VM, beside its commands.
+    fn open<'a>(
+        &'a self,
+        tenant: &'a TenantId,
+        limits: PlanLimits,
+        id: &'a SessionId,
+        process: Process,
+    ) -> BoxFuture<'a, Result<ProcessHandle, SessionError>>;
+
     /// Ends the session's VM and returns the VM's id.
     fn kill<'a>(
         &'a self,
@@ -48,7 +58,7 @@ pub trait Ticket: Send {
         self: Box<Self>,
         limits: PlanLimits,
         command: Command,
-        watch: Option<OutputWatch>,
+        attached: Attached,
     ) -> BoxFuture<'static, Result<Outcome, SessionError>>;
 }
 
@@ -74,6 +84,16 @@ impl Backend for Sessions {
         }))
     }
 
+    fn open<'a>(
+        &'a self,
+        tenant: &'a TenantId,
+        limits: PlanLimits,
+        id: &'a SessionId,
+        process: Process,
+    ) -> BoxFuture<'a, Result<ProcessHandle, SessionError>> {
+        Box::pin(Self::open(self, tenant, limits, id, process))
+    }
+
     fn kill<'a>(
         &'a self,
         tenant: &'a TenantId,
@@ -97,11 +117,11 @@ impl Ticket for SessionTicket {
         self: Box<Self>,
         limits: PlanLimits,
         command: Command,
-        watch: Option<OutputWatch>,
+        attached: Attached,
     ) -> BoxFuture<'static, Result<Outcome, SessionError>> {
         Box::pin(async move {
             self.sessions
-                .run(self.accepted, limits, command, watch)
+                .run(self.accepted, limits, command, attached)
                 .await
         })
     }

@@ -56,6 +56,8 @@ pub struct ServerConfig {
     pub max_connections: usize,
     /// Largest request body in bytes; larger ones get 413.
     pub max_body_bytes: usize,
+    /// Largest file in bytes that may be uploaded; a VM's memory is the narrower bound.
+    pub max_upload_bytes: u64,
     /// Largest request head in bytes.
     pub max_header_bytes: usize,
     /// Seconds a client may take to send a request's head.
@@ -86,6 +88,8 @@ impl Default for ServerConfig {
             max_connections: 1024,
             // A notebook cell or a script with a small file in it; uploads have their own route.
             max_body_bytes: 4 << 20,
+            // Half of the largest VM: a file is held in its memory.
+            max_upload_bytes: 4 << 30,
             max_header_bytes: 16 << 10,
             header_timeout_s: 10,
             body_timeout_s: 30,

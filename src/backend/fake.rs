@@ -12,7 +12,7 @@ use futures_util::future::BoxFuture;
 use tokio::sync::OwnedMutexGuard;
 
 use super::*;
-use crate::session::{PartialOutput, VmStatus};
+use crate::session::{Output, VmStatus};
 
 /// What a session was made with, and its line with a count of refusals.
 type Known = (SessionSpec, Arc<tokio::sync::Mutex<u32>>);
@@ -81,6 +81,16 @@ impl Backend for FakeSessions {
         }))
     }
 
+    fn open<'a>(
+        &'a self,
+        _tenant: &'a TenantId,
+        _limits: PlanLimits,
+        id: &'a SessionId,
+        _process: Process,
+    ) -> BoxFuture<'a, Result<ProcessHandle, SessionError>> {
+        Box::pin(async { Err(SessionError::NoVm(id.clone())) })
+    }
+
     fn kill<'a>(
         &'a self,
         tenant: &'a TenantId,
@@ -109,7 +119,7 @@ impl Ticket for FakeTicket {
         mut self: Box<Self>,
         _limits: PlanLimits,
         command: Command,
-        watch: Option<OutputWatch>,
+        attached: Attached,
     ) -> BoxFuture<'static, Result<Outcome, SessionError>> {
         Box::pin(async move {
             self.ready().await;
@@ -119,11 +129,8 @@ impl Ticket for FakeTicket {
                 return Err(SessionError::HostFull { limit: 1 });
             }
             self.runs.fetch_add(1, Ordering::SeqCst);
-            if let Some(watch) = watch {
-                watch.send_replace(PartialOutput {
-                    stdout: "so far".into(),
-                    stderr: String::new(),
-                });
+            if let Some(feed) = attached.feed {
+                feed.push(Output::Stdout, "so far");
             }
             if let Some(ms) = command.code.strip_prefix("sleep ") {
                 tokio::time::sleep(Duration::from_millis(ms.parse().unwrap())).await;

@@ -98,6 +98,14 @@ impl ApiError {
         self.status
     }
 
+    /// What it tells the client, as text.
+    pub fn detail(&self) -> String {
+        match &self.detail {
+            Value::String(text) => text.clone(),
+            other => other.to_string(),
+        }
+    }
+
     /// Its reply.
     pub fn reply(&self) -> Reply {
         let mut reply = reply::json(self.status, &json!({ "detail": self.detail }));
@@ -140,6 +148,7 @@ impl From<SessionError> for ApiError {
             SessionError::HostFull { .. }
             | SessionError::QueueFull { .. }
             | SessionError::NoMemory
+            | SessionError::TooManyProcesses { .. }
             | SessionError::TooManySessions { .. } => Self::too_many(detail, 1),
             SessionError::Asleep(_)
             | SessionError::HasVm(_)

@@ -16,6 +16,7 @@ pub mod retry;
 pub mod router;
 pub mod routes;
 pub mod server;
+pub mod sse;
 #[cfg(test)]
 mod tests;
 pub mod tls;

@@ -48,12 +48,18 @@ fn operation(endpoint: &Endpoint) -> Value {
         "responses": responses(endpoint),
     });
     let body = match endpoint.takes {
-        Takes::Nothing => None,
+        Takes::Nothing | Takes::Bytes => None,
         Takes::Json(schema) => Some(("application/json", schema, true)),
         Takes::OptionalJson(schema) => Some(("application/json", schema, false)),
         Takes::Form(schema) => Some(("application/x-www-form-urlencoded", schema, true)),
         Takes::Multipart(schema) => Some(("multipart/form-data", schema, true)),
     };
+    if endpoint.takes == Takes::Bytes {
+        operation["requestBody"] = json!({
+            "required": false,
+            "content": { "application/octet-stream": {} },
+        });
+    }
     if let Some((media, schema, required)) = body {
         operation["requestBody"] = json!({
             "required": required,
@@ -134,14 +140,15 @@ fn parameters(endpoint: &Endpoint) -> Vec<Value> {
     }
     for query in endpoint.query {
         let schema = match query.kind {
-            QueryKind::Text => text(),
+            QueryKind::Text | QueryKind::Required => text(),
             QueryKind::Flag(default) => json!({ "type": "boolean", "default": default }),
             QueryKind::Int(default, least, most) => json!({
                 "type": "integer", "default": default, "minimum": least, "maximum": most,
             }),
         };
         parameters.push(json!({
-            "name": query.name, "in": "query", "required": false,
+            "name": query.name, "in": "query",
+            "required": matches!(query.kind, QueryKind::Required),
             "description": query.help, "schema": schema,
         }));
     }
@@ -170,6 +177,15 @@ pub(super) fn reference(schema: &str) -> Value {
 /// A type, or null.
 pub(super) fn nullable(kind: &str) -> Value {
     json!({ "anyOf": [{ "type": kind }, { "type": "null" }] })
+}
+
+/// Values in several representations.
+pub(super) fn results() -> Value {
+    json!({
+        "type": "array",
+        "description": "Each value's representations by MIME type; images in base64",
+        "items": { "type": "object" },
+    })
 }
 
 /// A schema, or null.

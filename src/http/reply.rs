@@ -1,19 +1,23 @@
 //! Replies: whole ones, whose head and body leave in one write, and streams.
 
-use std::convert::Infallible;
+use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
 use bytes::Bytes;
 use http_body_util::combinators::UnsyncBoxBody;
-use http_body_util::{BodyExt, Full};
+use http_body_util::{BodyExt, Full, StreamBody};
 use hyper::body::{Body, Frame, SizeHint};
-use hyper::header::{CONTENT_TYPE, HeaderValue};
+use hyper::header::{CACHE_CONTROL, CONTENT_TYPE, HeaderValue};
 use hyper::{Response, StatusCode};
 use serde::Serialize;
+use tokio::sync::mpsc;
 
 /// A reply.
-pub type Reply = Response<UnsyncBoxBody<Bytes, Infallible>>;
+///
+/// An error of its body breaks the connection off: the only way to tell a client that what has
+/// begun well did not end so.
+pub type Reply = Response<UnsyncBoxBody<Bytes, io::Error>>;
 
 /// A JSON reply.
 pub fn json(status: StatusCode, value: &impl Serialize) -> Reply {
@@ -29,23 +33,54 @@ pub fn json(status: StatusCode, value: &impl Serialize) -> Reply {
 
 /// A reply of any type.
 pub fn raw(status: StatusCode, content_type: &'static str, body: Bytes) -> Reply {
-    let mut reply = Response::new(Full::new(body).boxed_unsync());
+    let mut reply = Response::new(
+        Full::new(body)
+            .map_err(|never| match never {})
+            .boxed_unsync(),
+    );
     *reply.status_mut() = status;
     let headers = reply.headers_mut();
     headers.insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
     reply
 }
 
-/// A 200 reply whose body comes bit by bit. What goes wrong after the head has left can only be
-/// told in the body.
-pub fn stream(
-    content_type: &'static str,
-    body: impl Body<Data = Bytes, Error = Infallible> + Send + 'static,
-) -> Reply {
-    let mut reply = Response::new(body.boxed_unsync());
+/// Pieces of a streamed body that may wait for the client: enough to keep the connection busy.
+const WAITING: usize = 8;
+
+/// The writing end of a streamed body. Dropping it ends the body.
+#[derive(Clone, Debug)]
+pub struct Sink(mpsc::Sender<io::Result<Bytes>>);
+
+impl Sink {
+    /// Sends a piece; waits while the client is slow. False: the client is gone.
+    pub async fn send(&self, bytes: impl Into<Bytes>) -> bool {
+        self.0.send(Ok(bytes.into())).await.is_ok()
+    }
+
+    /// Breaks the body off.
+    pub async fn fail(self, why: impl Into<String>) {
+        // A client that is gone needs no telling.
+        drop(self.0.send(Err(io::Error::other(why.into()))).await);
+    }
+
+    /// Resolves when the client is gone.
+    pub async fn closed(&self) {
+        self.0.closed().await;
+    }
+}
+
+/// A 200 reply whose body comes bit by bit.
+pub fn stream(content_type: &'static str) -> (Sink, Reply) {
+    let (sender, pieces) = mpsc::channel(WAITING);
+    let frames = futures_util::stream::unfold(pieces, |mut pieces| async move {
+        let piece: io::Result<Bytes> = pieces.recv().await?;
+        Some((piece.map(Frame::data), pieces))
+    });
+    let mut reply = Response::new(StreamBody::new(frames).boxed_unsync());
     let headers = reply.headers_mut();
     headers.insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
-    reply
+    headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    (Sink(sender), reply)
 }
 
 /// Keeps `guard` until the reply's body has left or is given up.
@@ -64,18 +99,18 @@ pub(super) fn guarded(reply: Reply, guard: impl Send + Unpin + 'static) -> Reply
 }
 
 struct Guarded<G> {
-    body: UnsyncBoxBody<Bytes, Infallible>,
+    body: UnsyncBoxBody<Bytes, io::Error>,
     _guard: G,
 }
 
 impl<G: Unpin> Body for Guarded<G> {
     type Data = Bytes;
-    type Error = Infallible;
+    type Error = io::Error;
 
     fn poll_frame(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+    ) -> Poll<Option<io::Result<Frame<Bytes>>>> {
         Pin::new(&mut self.body).poll_frame(context)
     }
 

@@ -34,8 +34,6 @@ pub struct SessionConfig {
     pub output_bytes: usize,
     /// Bytes of output of all running commands together that are kept.
     pub output_total_bytes: usize,
-    /// Least milliseconds between two updates of a running command's partial output.
-    pub partial_every_ms: u64,
     /// Milliseconds after a command's deadline at which the host interrupts it itself, because
     /// the agent, whose deadline it was, has not. A synchronous caller is answered then.
     pub interrupt_after_ms: u64,
@@ -66,7 +64,6 @@ impl Default for SessionConfig {
             forget_after_s: 7 * 24 * 3600,
             output_bytes: 8 << 20,
             output_total_bytes: 256 << 20,
-            partial_every_ms: 200,
             interrupt_after_ms: 150,
             kill_after_ms: 2_000,
             end_after_ms: 2_000,

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use futures_util::FutureExt;
 use thaw_wire::message::{Execute, Exit, Signal};
+use tokio::sync::watch;
 use tokio::time::Instant;
 
 use super::core::{Busy, Core};
@@ -14,7 +15,7 @@ use super::metrics::{Degradation, Phase};
 use super::output::{Collector, append_line};
 use super::session::Session;
 use super::start::NoVm;
-use super::types::{Command, Outcome, OutputWatch, PlanLimits, SessionError};
+use super::types::{Attached, Command, Outcome, PlanLimits, SessionError};
 use super::vm::{Run, RunEvent};
 
 /// Exit code of a command whose deadline passed, as `timeout(1)` has it.
@@ -23,7 +24,12 @@ const TIMED_OUT: i32 = 124;
 /// Exit code of a command that ended with its VM: 128 + SIGKILL.
 const CUT_SHORT: i32 = 137;
 
+/// Exit code of a command that was cancelled before it started: that of an interrupt.
+const CANCELLED_CODE: i32 = 130;
+
 const INTERRUPTED: &str = "thaw: the command timed out and was interrupted";
+
+const CANCELLED: &str = "thaw: the command was cancelled";
 
 const STOPPING: &str = "thaw: the command timed out and is being stopped";
 
@@ -52,7 +58,7 @@ impl Core {
         accepted: Accepted,
         limits: PlanLimits,
         command: Command,
-        watch: Option<OutputWatch>,
+        attached: Attached,
     ) -> Result<Outcome, SessionError> {
         let Accepted {
             session,
@@ -61,11 +67,15 @@ impl Core {
             kills,
         } = accepted;
         let answer_by = command.answer_within.map(|within| at + within);
-        let Some(turn) = by(answer_by, place.turn()).await else {
-            self.metrics.degraded(Degradation::TimedOut);
-            let note =
-                "thaw: the command timed out before it started: other commands of this session ran";
-            return Ok(not_run(at, TIMED_OUT, note));
+        let mut cancel = attached.cancel.clone();
+        let turn = match wait(answer_by, &mut cancel, place.turn()).await {
+            Ok(turn) => turn,
+            Err(Late::Cancelled) => return Ok(not_run(at, CANCELLED_CODE, CANCELLED)),
+            Err(Late::TimedOut) => {
+                self.metrics.degraded(Degradation::TimedOut);
+                let note = "thaw: the command timed out before it started: other commands of this session ran";
+                return Ok(not_run(at, TIMED_OUT, note));
+            }
         };
         self.metrics.phase(Phase::Queue, at.elapsed());
         if self.is_draining() {
@@ -77,14 +87,16 @@ impl Core {
         }
         session.touch();
         let busy = self.busy();
-        let (live, restarted) = match by(answer_by, self.vm_of(&session, limits, kills)).await {
-            Some(Ok(vm)) => vm,
-            Some(Err(NoVm::Error(error))) => return Err(error),
-            Some(Err(NoVm::Killed)) => {
+        let vm = self.vm_of(&session, limits, kills);
+        let (live, restarted) = match wait(answer_by, &mut cancel, vm).await {
+            Ok(Ok(vm)) => vm,
+            Ok(Err(NoVm::Error(error))) => return Err(error),
+            Ok(Err(NoVm::Killed)) => {
                 let note = "thaw: the session's VM was killed before the command started";
                 return Ok(not_run(at, CUT_SHORT, note));
             }
-            None => {
+            Err(Late::Cancelled) => return Ok(not_run(at, CANCELLED_CODE, CANCELLED)),
+            Err(Late::TimedOut) => {
                 self.metrics.degraded(Degradation::TimedOut);
                 let note = "thaw: the command timed out before it started: no VM was ready yet";
                 return Ok(not_run(at, TIMED_OUT, note));
@@ -98,7 +110,8 @@ impl Core {
             code: Some(command.code),
             timeout_ms: deadline.duration_since(began).as_millis() as u64,
             env: live.staged_env(),
-            context: None,
+            live: command.live,
+            context: command.context.map(|name| name.as_str().to_owned()),
         };
         let collector = Collector::new(self.config.output_bytes, self.budget.clone());
         let mut running = Running {
@@ -109,9 +122,10 @@ impl Core {
             opening: false,
             hold: Some((turn, busy)),
             collector,
-            watch,
+            attached,
             deadline,
             answer_by,
+            cancelled: false,
         };
         let end = running.carry_out(order).await;
         self.metrics.phase(Phase::Exec, began.elapsed());
@@ -122,11 +136,28 @@ impl Core {
     }
 }
 
-/// Awaits, but not beyond the time given.
-async fn by<T>(until: Option<Instant>, future: impl Future<Output = T>) -> Option<T> {
-    match until {
-        Some(until) => tokio::time::timeout_at(until, future).await.ok(),
-        None => Some(future.await),
+/// Why something was not waited for to its end.
+enum Late {
+    TimedOut,
+    Cancelled,
+}
+
+/// Awaits, but not beyond the time given, nor when the command is cancelled.
+async fn wait<T>(
+    until: Option<Instant>,
+    cancel: &mut Option<watch::Receiver<bool>>,
+    future: impl Future<Output = T>,
+) -> Result<T, Late> {
+    let timed = async {
+        match until {
+            Some(until) => tokio::time::timeout_at(until, future).await.ok(),
+            None => Some(future.await),
+        }
+    };
+    tokio::select! {
+        biased;
+        () = cancelled(cancel) => Err(Late::Cancelled),
+        done = timed => done.ok_or(Late::TimedOut),
     }
 }
 
@@ -134,6 +165,7 @@ fn not_run(accepted_at: Instant, exit_code: i32, note: &str) -> Outcome {
     let mut outcome = Outcome {
         exit_code,
         timed_out: exit_code == TIMED_OUT,
+        cancelled: exit_code == CANCELLED_CODE,
         execution_time: accepted_at.elapsed(),
         ..Outcome::default()
     };
@@ -162,9 +194,21 @@ struct Running {
     opening: bool,
     hold: Option<(Turn, Busy)>,
     collector: Collector,
-    watch: Option<OutputWatch>,
+    attached: Attached,
     deadline: Instant,
     answer_by: Option<Instant>,
+    cancelled: bool,
+}
+
+/// Resolves when the command is to be stopped.
+async fn cancelled(cancel: &mut Option<watch::Receiver<bool>>) {
+    if let Some(cancel) = cancel
+        && cancel.wait_for(|cancel| *cancel).await.is_ok()
+    {
+        return;
+    }
+    // Nobody can cancel it (any more).
+    std::future::pending().await
 }
 
 impl Running {
@@ -199,9 +243,8 @@ impl Running {
         let live = self.live.clone();
         let ended = live.ended();
         tokio::pin!(ended);
-        let every = Duration::from_millis(self.core.config.partial_every_ms);
         let mut stopping = Stopping::new(&self.core, self.deadline);
-        let mut show_at: Option<Instant> = None;
+        let mut cancel = self.attached.cancel.clone();
         let timer = tokio::time::sleep_until(stopping.at);
         tokio::pin!(timer);
         loop {
@@ -216,33 +259,28 @@ impl Running {
                     return Finish::Cut(how);
                 }
                 () = &mut timer => {
-                    let now = Instant::now();
-                    if show_at.is_some_and(|at| at <= now) {
-                        show_at = None;
-                        self.show();
+                    if self.answer_by.is_some() && !self.cancelled {
+                        return Finish::Answer;
                     }
-                    if stopping.at <= now {
-                        if self.answer_by.is_some() {
-                            return Finish::Answer;
-                        }
-                        if let Some(finish) = self.stop_harder(&mut stopping).await {
-                            return finish;
-                        }
+                    if let Some(finish) = self.stop_harder(&mut stopping).await {
+                        return finish;
                     }
+                }
+                () = cancelled(&mut cancel), if !self.cancelled => {
+                    self.cancelled = true;
+                    stopping = Stopping::now(&self.core);
                 }
                 event = run.next() => match event {
                     RunEvent::Stdout(bytes) => self.collector.stdout(&bytes),
                     RunEvent::Stderr(bytes) => self.collector.stderr(&bytes),
+                    RunEvent::Rich(bytes) => self.collector.rich(&bytes),
                     RunEvent::Exit(exit) => return Finish::Exit(exit),
                     RunEvent::Died(reason) => return self.failed(reason),
                 }
             }
-            if show_at.is_none() && self.watch.is_some() && self.collector.has_news() {
-                show_at = Some(Instant::now() + every);
-            }
-            let wake = show_at.map_or(stopping.at, |at| at.min(stopping.at));
-            if timer.deadline() != wake {
-                timer.as_mut().reset(wake);
+            self.show();
+            if timer.deadline() != stopping.at {
+                timer.as_mut().reset(stopping.at);
             }
         }
     }
@@ -267,6 +305,7 @@ impl Running {
             match run.next().now_or_never() {
                 Some(RunEvent::Stdout(bytes)) => self.collector.stdout(&bytes),
                 Some(RunEvent::Stderr(bytes)) => self.collector.stderr(&bytes),
+                Some(RunEvent::Rich(_)) => {}
                 _ => return,
             }
         }
@@ -281,15 +320,18 @@ impl Running {
     }
 
     fn show(&mut self) {
-        if let Some(watch) = &self.watch {
-            self.collector.show(watch);
+        if let Some(feed) = &self.attached.feed {
+            self.collector.show(feed);
         }
     }
 
     fn outcome(&mut self, finish: Finish) -> Outcome {
         self.show();
+        let results = self.collector.results();
         let (stdout, stderr, truncated_bytes) = self.collector.finish();
         let mut outcome = Outcome {
+            results,
+            cancelled: self.cancelled,
             stdout,
             stderr,
             truncated_bytes,
@@ -300,7 +342,9 @@ impl Running {
                 outcome.exit_code = exit.exit_code;
                 outcome.timed_out = exit.timed_out;
                 outcome.cpu_time = Duration::from_micros(exit.cpu_us);
-                if exit.timed_out {
+                if self.cancelled {
+                    append_line(&mut outcome.stderr, CANCELLED);
+                } else if exit.timed_out {
                     append_line(&mut outcome.stderr, INTERRUPTED);
                 }
                 match exit.note {
@@ -370,7 +414,7 @@ async fn stop(core: Arc<Core>, session: Arc<Session>, live: Arc<Live>, mut run: 
                 }
             }
             event = run.next() => match event {
-                RunEvent::Stdout(_) | RunEvent::Stderr(_) => {}
+                RunEvent::Stdout(_) | RunEvent::Stderr(_) | RunEvent::Rich(_) => {}
                 RunEvent::Exit(_) => return,
                 RunEvent::Died(reason) => {
                     session.end_vm(&live, End::Failed(reason), &core.reaper);

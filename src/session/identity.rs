@@ -49,7 +49,7 @@ pub(crate) async fn rehearse(vm: &dyn Vm, generation: u64, limit: Duration) -> a
         let mut run = vm.execute(empty_command(limit)).await?;
         loop {
             match run.next().await {
-                RunEvent::Stdout(_) | RunEvent::Stderr(_) => {}
+                RunEvent::Stdout(_) | RunEvent::Stderr(_) | RunEvent::Rich(_) => {}
                 RunEvent::Exit(exit) => {
                     anyhow::ensure!(exit.exit_code == 0, "it ended with {}", exit.exit_code);
                     return Ok(());
@@ -98,5 +98,6 @@ fn empty_command(limit: Duration) -> Execute {
         timeout_ms: u64::try_from(limit.as_millis()).unwrap_or(u64::MAX),
         env: BTreeMap::new(),
         context: None,
+        live: false,
     }
 }

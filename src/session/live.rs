@@ -5,11 +5,12 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio::time::Instant;
 
 use super::limits::{HostPermit, PlanPermit};
 use super::line::lock;
+use super::process::MOST_PROCESSES;
 use super::reaper::Reaper;
 use super::vm::Vm;
 
@@ -58,6 +59,8 @@ pub(crate) struct Live {
     pub(crate) lingers: AtomicBool,
     /// Variables for everything that is run from now on: in memory only, gone with the VM.
     staged: Mutex<BTreeMap<String, String>>,
+    /// Room for processes beside its commands.
+    pub(crate) processes: Arc<Semaphore>,
     ended: watch::Sender<Option<End>>,
     /// Given back when it ends; who takes them ends it.
     permits: Mutex<Option<(PlanPermit, HostPermit)>>,
@@ -78,6 +81,7 @@ impl Live {
             expires: started + lifetime,
             lingers: AtomicBool::new(false),
             staged: Mutex::default(),
+            processes: Arc::new(Semaphore::new(MOST_PROCESSES)),
             ended: watch::Sender::new(None),
             permits: Mutex::new(Some(permits)),
         }

@@ -3,7 +3,9 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use super::types::{OutputWatch, PartialOutput};
+use thaw_wire::message::RichResult;
+
+use super::feed::{Feed, Output};
 
 /// Bytes of output that all running commands together may hold.
 #[derive(Debug)]
@@ -112,6 +114,7 @@ pub(crate) fn append_line(text: &mut String, line: &str) {
 pub(crate) struct Collector {
     stdout: Text,
     stderr: Text,
+    rich: Vec<u8>,
     cap: usize,
     budget: Arc<Budget>,
     taken: usize,
@@ -122,6 +125,7 @@ impl Collector {
         Self {
             stdout: Text::default(),
             stderr: Text::default(),
+            rich: Vec::new(),
             cap,
             budget,
             taken: 0,
@@ -136,22 +140,33 @@ impl Collector {
         self.taken += self.stderr.push(bytes, self.cap, &self.budget);
     }
 
-    /// Whether a watcher has not seen everything yet.
-    pub(crate) fn has_news(&self) -> bool {
-        self.stdout.shown < self.stdout.text.len() || self.stderr.shown < self.stderr.text.len()
+    /// Takes a piece of the command's rich results.
+    pub(crate) fn rich(&mut self, bytes: &[u8]) {
+        let room = self.cap.saturating_sub(self.rich.len());
+        let granted = self.budget.take(bytes.len().min(room));
+        self.taken += granted;
+        self.rich.extend_from_slice(&bytes[..granted]);
     }
 
-    /// Shows a watcher what is new.
-    pub(crate) fn show(&mut self, watch: &OutputWatch) {
-        watch.send_modify(|partial: &mut PartialOutput| {
-            for (text, seen) in [
-                (&mut self.stdout, &mut partial.stdout),
-                (&mut self.stderr, &mut partial.stderr),
-            ] {
-                seen.push_str(text.text.get(text.shown..).unwrap_or_default());
-                text.shown = text.text.len();
-            }
-        });
+    /// Shows a feed what is new.
+    pub(crate) fn show(&mut self, feed: &Feed) {
+        for (output, text) in [
+            (Output::Stdout, &mut self.stdout),
+            (Output::Stderr, &mut self.stderr),
+        ] {
+            feed.push(output, text.text.get(text.shown..).unwrap_or_default());
+            text.shown = text.text.len();
+        }
+    }
+
+    /// The rich results as a JSON array; empty when there are none. What is not whole, or no such
+    /// array, counts as none: only the session's own code can have made it so.
+    pub(crate) fn results(&mut self) -> String {
+        let bytes = std::mem::take(&mut self.rich);
+        match serde_json::from_slice::<Vec<RichResult>>(&bytes) {
+            Ok(all) if !all.is_empty() => String::from_utf8(bytes).unwrap_or_default(),
+            _ => String::new(),
+        }
     }
 
     /// The texts and how many bytes were dropped.
@@ -216,16 +231,29 @@ mod tests {
 
     #[test]
     fn a_watcher_sees_each_byte_once() {
-        let (watch, seen) = tokio::sync::watch::channel(PartialOutput::default());
+        let feed = Feed::default();
         let mut collector = collector(100);
         collector.stdout(b"one ");
-        collector.show(&watch);
+        collector.show(&feed);
         collector.stdout(b"two");
         collector.stderr(b"err");
-        assert!(collector.has_news());
-        collector.show(&watch);
-        assert!(!collector.has_news());
-        assert_eq!(seen.borrow().stdout, "one two");
-        assert_eq!(seen.borrow().stderr, "err");
+        collector.show(&feed);
+        assert_eq!(feed.so_far().stdout, "one two");
+        assert_eq!(feed.so_far().stderr, "err");
+    }
+
+    #[test]
+    fn rich_results_are_an_array_of_objects_or_nothing() {
+        let results = |bytes: &[&[u8]]| {
+            let mut collector = collector(64);
+            bytes.iter().for_each(|piece| collector.rich(piece));
+            collector.results()
+        };
+        let good = br#"[{"text/plain":"1"}]"#;
+        assert_eq!(results(&[&good[..7], &good[7..]]).as_bytes(), good);
+        assert_eq!(results(&[b"[]"]), "");
+        assert_eq!(results(&[b"[1]"]), "");
+        assert_eq!(results(&[b"nonsense"]), "");
+        assert_eq!(results(&[&[b'['; 100]]), "");
     }
 }

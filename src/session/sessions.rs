@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use prometheus_client::registry::Registry;
+use thaw_wire::message::Process;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
@@ -17,6 +18,7 @@ use super::live::End;
 use super::metrics::{Degradation, Metrics};
 use super::output::Budget;
 use super::pool::Pool;
+use super::process::ProcessHandle;
 use super::reaper::Reaper;
 use super::refill::refill;
 use super::rows::{SessionRow, SessionRows};
@@ -24,7 +26,7 @@ use super::session::{Killed, Session};
 use super::start::NoVm;
 use super::table::{Table, TooMany};
 use super::types::{
-    Command, Outcome, OutputWatch, PlanLimits, SessionError, SessionId, SessionSpec, SessionView,
+    Attached, Command, Outcome, PlanLimits, SessionError, SessionId, SessionSpec, SessionView,
     TenantId,
 };
 use super::vm::VmSource;
@@ -249,9 +251,9 @@ impl Sessions {
         accepted: Accepted,
         limits: PlanLimits,
         command: Command,
-        watch: Option<OutputWatch>,
+        attached: Attached,
     ) -> Result<Outcome, SessionError> {
-        self.core.run(accepted, limits, command, watch).await
+        self.core.run(accepted, limits, command, attached).await
     }
 
     /// [`Self::accept`] and [`Self::run`].
@@ -264,10 +266,25 @@ impl Sessions {
         limits: PlanLimits,
         id: &SessionId,
         command: Command,
-        watch: Option<OutputWatch>,
+        attached: Attached,
     ) -> Result<Outcome, SessionError> {
         let accepted = self.accept(tenant, id)?;
-        self.run(accepted, limits, command, watch).await
+        self.run(accepted, limits, command, attached).await
+    }
+
+    /// Starts a process in the session's VM, beside its commands.
+    ///
+    /// # Errors
+    /// [`SessionError::NotFound`], and what starting a VM may meet.
+    pub async fn open(
+        &self,
+        tenant: &TenantId,
+        limits: PlanLimits,
+        id: &SessionId,
+        process: Process,
+    ) -> Result<ProcessHandle, SessionError> {
+        let session = self.session(tenant, id)?;
+        self.core.open(&session, limits, process).await
     }
 
     /// Ends the session's VM; gives its id. The session stays, its next command gets a fresh VM; commands

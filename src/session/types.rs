@@ -32,6 +32,24 @@ impl std::fmt::Display for SessionId {
     }
 }
 
+/// A context's name: 1 to 64 of `A-Z a-z 0-9 . _ -`, so that it is fit for a path and a log.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct ContextName(String);
+
+impl ContextName {
+    /// Reads a client's text.
+    pub fn parse(text: &str) -> Option<Self> {
+        let fits = |c: u8| c.is_ascii_alphanumeric() || matches!(c, b'.' | b'_' | b'-');
+        let is_name = (1..=64).contains(&text.len()) && text.bytes().all(fits);
+        is_name.then(|| Self(text.to_owned()))
+    }
+
+    /// Its text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
 /// What a session is made with. The front end has validated the ranges.
 #[derive(Clone, Debug)]
 pub struct SessionSpec {
@@ -54,6 +72,10 @@ pub struct Command {
     pub language: Language,
     /// The source text or command line.
     pub code: String,
+    /// Which of the session's interpreters of this language.
+    pub context: Option<ContextName>,
+    /// Whether somebody watches its output as it comes.
+    pub live: bool,
     /// How long it may run in the guest: 1 to 600 s.
     pub timeout: Duration,
     /// How long after acceptance the caller must have an answer, waiting in line and starting a
@@ -78,8 +100,14 @@ pub struct PartialOutput {
     pub stderr: String,
 }
 
-/// Where a command's output so far is shown while it runs.
-pub type OutputWatch = tokio::sync::watch::Sender<PartialOutput>;
+/// Who else has to do with a running command than the one who waits for its outcome.
+#[derive(Clone, Debug, Default)]
+pub struct Attached {
+    /// Where its output is shown as it comes.
+    pub feed: Option<std::sync::Arc<super::Feed>>,
+    /// The command is stopped when this becomes true.
+    pub cancel: Option<tokio::sync::watch::Receiver<bool>>,
+}
 
 /// How a command ended. A command that failed or overran is an outcome, not an error.
 #[derive(Clone, Debug, Default)]
@@ -98,6 +126,10 @@ pub struct Outcome {
     pub execution_time: Duration,
     /// Processor time in the guest.
     pub cpu_time: Duration,
+    /// Values in other representations than text: a JSON array of objects by MIME type, or empty.
+    pub results: String,
+    /// It was cancelled.
+    pub cancelled: bool,
     /// This command started a fresh VM because the session's earlier one had ended.
     pub vm_restarted: bool,
 }
@@ -182,6 +214,12 @@ pub enum SessionError {
     /// The VM was ended while it was being started. HTTP 409.
     #[error("the VM was ended while it was being started")]
     EndedEarly,
+    /// Too many terminals and file transfers at once. HTTP 429.
+    #[error("{limit} terminals and file transfers are the most one VM serves at once; close one")]
+    TooManyProcesses {
+        /// The number.
+        limit: usize,
+    },
     /// The server is going down. HTTP 503.
     #[error("the server is shutting down")]
     ShuttingDown,

@@ -8,8 +8,9 @@ use std::fs::File;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use futures_util::future::BoxFuture;
-use thaw_wire::message::{Execute, Exit, Renew, Signal};
+use thaw_wire::message::{Execute, Exit, Process, Renew, Signal};
 
 /// The shape of a VM: which template it is restored from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -106,6 +107,12 @@ pub trait Vm: Debug + Send + Sync + 'static {
     /// Gives the VM this share of the processor, in vCPUs' worth.
     fn set_share(&self, vcpus: u32);
 
+    /// Starts a process beside the commands. Dropping the channel leaves the process to itself.
+    ///
+    /// # Errors
+    /// The VM does not take processes any more.
+    fn open(&self, process: Process) -> BoxFuture<'_, anyhow::Result<Channel>>;
+
     /// Why the VM ended by itself, once it has; never resolves before. Any number of callers
     /// may wait.
     fn died(&self) -> BoxFuture<'static, String>;
@@ -126,6 +133,37 @@ pub trait Run: Debug + Send {
     fn signal(&mut self, signal: Signal) -> BoxFuture<'_, anyhow::Result<()>>;
 }
 
+/// Both ends of a process's stream: what it writes, and the way to it.
+#[derive(Debug)]
+pub struct Channel {
+    /// What it writes, and its end.
+    pub output: Box<dyn Run>,
+    /// Its input.
+    pub input: Arc<dyn Input>,
+}
+
+/// The way to a process.
+pub trait Input: Debug + Send + Sync {
+    /// Hands bytes to the process. Resolves when there is room for more: a process that does not read
+    /// holds its writer up.
+    ///
+    /// # Errors
+    /// The process or its VM is gone.
+    fn write(&self, bytes: Bytes) -> BoxFuture<'_, anyhow::Result<()>>;
+
+    /// No more input will come.
+    ///
+    /// # Errors
+    /// The process or its VM is gone.
+    fn finish(&self) -> anyhow::Result<()>;
+
+    /// Sends a signal to the process.
+    ///
+    /// # Errors
+    /// The VM is gone.
+    fn signal(&self, signal: Signal) -> anyhow::Result<()>;
+}
+
 /// What a running command does.
 #[derive(Clone, Debug, PartialEq)]
 pub enum RunEvent {
@@ -133,6 +171,8 @@ pub enum RunEvent {
     Stdout(Vec<u8>),
     /// Bytes on standard error.
     Stderr(Vec<u8>),
+    /// A piece of the rich results.
+    Rich(Vec<u8>),
     /// It ended. The last event.
     Exit(Exit),
     /// The VM is gone. The last event.

@@ -7,11 +7,11 @@ use std::time::Duration;
 
 use futures_util::future::BoxFuture;
 use thaw_vmm::protocol::{Death, Tuning};
-use thaw_wire::message::{Execute, Renew, Signal};
+use thaw_wire::message::{Execute, Process, Renew, Signal};
 
-use super::vm::{Frozen, Run, RunEvent, Shape, Vm, VmFigures, VmSource};
+use super::vm::{Channel, Frozen, Input, Run, RunEvent, Shape, Vm, VmFigures, VmSource};
 use crate::template::Templates;
-use crate::worker::{Event, Launcher, Running, Started, Worker};
+use crate::worker::{Event, Feeder, Launcher, Running, Started, Worker};
 
 /// Starts a worker process for each VM and restores a template in it.
 #[derive(Debug)]
@@ -132,6 +132,17 @@ impl Vm for WorkerVm {
         })
     }
 
+    fn open(&self, process: Process) -> BoxFuture<'_, anyhow::Result<Channel>> {
+        let opened = self.worker.process(process);
+        Box::pin(async move {
+            let (running, feeder) = opened?;
+            Ok(Channel {
+                output: Box::new(WorkerRun(running)),
+                input: Arc::new(WorkerInput(feeder)),
+            })
+        })
+    }
+
     fn set_share(&self, vcpus: u32) {
         super::share::give(self.worker.pid(), vcpus);
     }
@@ -165,15 +176,12 @@ struct WorkerRun(Running);
 impl Run for WorkerRun {
     fn next(&mut self) -> BoxFuture<'_, RunEvent> {
         Box::pin(async {
-            loop {
-                return match self.0.next().await {
-                    Event::Stdout(bytes) => RunEvent::Stdout(bytes),
-                    Event::Stderr(bytes) => RunEvent::Stderr(bytes),
-                    // Their text is on standard output already; the API has no place for more yet.
-                    Event::Rich(_) => continue,
-                    Event::Exit(exit) => RunEvent::Exit(exit),
-                    Event::Died(death) => RunEvent::Died(death.detail),
-                };
+            match self.0.next().await {
+                Event::Stdout(bytes) => RunEvent::Stdout(bytes),
+                Event::Stderr(bytes) => RunEvent::Stderr(bytes),
+                Event::Rich(bytes) => RunEvent::Rich(bytes),
+                Event::Exit(exit) => RunEvent::Exit(exit),
+                Event::Died(death) => RunEvent::Died(death.detail),
             }
         })
     }
@@ -181,5 +189,23 @@ impl Run for WorkerRun {
     fn signal(&mut self, signal: Signal) -> BoxFuture<'_, anyhow::Result<()>> {
         let sent = self.0.signal(signal);
         Box::pin(async move { Ok(sent?) })
+    }
+}
+
+/// The way to a process in a worker's VM.
+#[derive(Debug)]
+struct WorkerInput(Feeder);
+
+impl Input for WorkerInput {
+    fn write(&self, bytes: bytes::Bytes) -> BoxFuture<'_, anyhow::Result<()>> {
+        Box::pin(async move { Ok(self.0.write(bytes).await?) })
+    }
+
+    fn finish(&self) -> anyhow::Result<()> {
+        Ok(self.0.finish()?)
+    }
+
+    fn signal(&self, signal: Signal) -> anyhow::Result<()> {
+        Ok(self.0.signal(signal)?)
     }
 }

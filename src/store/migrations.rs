@@ -10,6 +10,7 @@ const STEPS: &[&str] = &[
     USERS_KEYS_PLANS,
     TASKS,
     super::sessions::SCHEMA,
+    TASKS_CANCELLED,
     super::vms::SCHEMA,
     super::audit::SCHEMA,
     super::ssh_keys::SCHEMA,
@@ -73,6 +74,44 @@ CREATE TABLE tasks (
     cpu_us INTEGER,
     vm_restarted INTEGER NOT NULL DEFAULT 0
 ) STRICT;
+CREATE UNIQUE INDEX tasks_by_idempotency ON tasks(tenant, idempotency_key)
+    WHERE idempotency_key IS NOT NULL;
+CREATE INDEX tasks_open ON tasks(seq) WHERE state IN ('queued', 'running');
+CREATE INDEX tasks_finished ON tasks(finished_ms) WHERE finished_ms IS NOT NULL;
+";
+
+/// Tasks can be cancelled, run in contexts and have rich results. SQLite cannot change a `CHECK`, so the
+/// table is copied.
+const TASKS_CANCELLED: &str = "
+CREATE TABLE tasks_new (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT,
+    id TEXT NOT NULL UNIQUE,
+    tenant TEXT NOT NULL,
+    session_id TEXT NOT NULL,
+    language TEXT NOT NULL,
+    code TEXT NOT NULL,
+    timeout_ms INTEGER NOT NULL,
+    max_vms INTEGER NOT NULL,
+    idempotency_key TEXT,
+    body_hash BLOB NOT NULL,
+    state TEXT NOT NULL CHECK (state IN ('queued', 'running', 'done', 'cancelled', 'interrupted')),
+    created_ms INTEGER NOT NULL,
+    started_ms INTEGER,
+    finished_ms INTEGER,
+    stdout TEXT NOT NULL DEFAULT '',
+    stderr TEXT NOT NULL DEFAULT '',
+    truncated_bytes INTEGER NOT NULL DEFAULT 0,
+    exit_code INTEGER,
+    execution_us INTEGER,
+    cpu_us INTEGER,
+    vm_restarted INTEGER NOT NULL DEFAULT 0,
+    context TEXT,
+    results TEXT NOT NULL DEFAULT '',
+    live INTEGER NOT NULL DEFAULT 0
+) STRICT;
+INSERT INTO tasks_new SELECT *, NULL, '', 0 FROM tasks;
+DROP TABLE tasks;
+ALTER TABLE tasks_new RENAME TO tasks;
 CREATE UNIQUE INDEX tasks_by_idempotency ON tasks(tenant, idempotency_key)
     WHERE idempotency_key IS NOT NULL;
 CREATE INDEX tasks_open ON tasks(seq) WHERE state IN ('queued', 'running');

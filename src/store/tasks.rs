@@ -3,7 +3,7 @@
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
 use super::now_ms;
-use crate::session::{Command, Language, Outcome};
+use crate::session::{Command, ContextName, Language, Outcome};
 
 /// How far a task has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -14,6 +14,8 @@ pub enum TaskState {
     Running,
     /// It has ended; the row has the result.
     Done,
+    /// Its owner stopped it, or kept it from starting.
+    Cancelled,
     /// The server stopped while it ran; the row has what it had written by then.
     Interrupted,
 }
@@ -25,13 +27,14 @@ impl TaskState {
             Self::Queued => "queued",
             Self::Running => "running",
             Self::Done => "done",
+            Self::Cancelled => "cancelled",
             Self::Interrupted => "interrupted",
         }
     }
 
     /// No more will happen to the task.
     pub fn is_complete(self) -> bool {
-        matches!(self, Self::Done | Self::Interrupted)
+        matches!(self, Self::Done | Self::Cancelled | Self::Interrupted)
     }
 
     fn parse(text: &str) -> Self {
@@ -39,6 +42,7 @@ impl TaskState {
             "queued" => Self::Queued,
             "running" => Self::Running,
             "done" => Self::Done,
+            "cancelled" => Self::Cancelled,
             _ => Self::Interrupted,
         }
     }
@@ -75,6 +79,8 @@ pub struct TaskRow {
     pub cpu_us: Option<i64>,
     /// It ran on a fresh VM because the session's earlier one had ended.
     pub vm_restarted: bool,
+    /// See [`Outcome::results`].
+    pub results: String,
 }
 
 /// A task to be stored.
@@ -117,7 +123,7 @@ pub enum Submitted {
 }
 
 const COLUMNS: &str = "id, tenant, session_id, language, code, timeout_ms, max_vms, state,
-    created_ms, stdout, stderr, truncated_bytes, exit_code, execution_us, cpu_us, vm_restarted";
+    created_ms, stdout, stderr, truncated_bytes, exit_code, execution_us, cpu_us, vm_restarted, context, results, live";
 
 impl NewTask {
     /// Stores the task unless it is a repetition or the tenant has `limit` open tasks.
@@ -160,8 +166,8 @@ impl NewTask {
         transaction
             .prepare_cached(
                 "INSERT INTO tasks (id, tenant, session_id, language, code, timeout_ms, max_vms,
-                    idempotency_key, body_hash, state, created_ms)
-                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, 'queued', ?10)",
+                    idempotency_key, body_hash, state, created_ms, context, live)
+                 VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, 'queued', ?10, ?11, ?12)",
             )?
             .execute(params![
                 self.id,
@@ -174,6 +180,8 @@ impl NewTask {
                 self.idempotency_key,
                 self.body_hash.as_slice(),
                 now_ms(),
+                self.command.context.as_ref().map(ContextName::as_str),
+                self.command.live,
             ])?;
         transaction.commit()?;
         Ok(Submitted::New)
@@ -198,9 +206,9 @@ impl TaskEnd {
         let outcome = &self.outcome;
         connection
             .prepare_cached(
-                "UPDATE tasks SET state = 'done', finished_ms = ?2, stdout = ?3, stderr = ?4,
+                "UPDATE tasks SET state = ?10, finished_ms = ?2, stdout = ?3, stderr = ?4,
                     truncated_bytes = ?5, exit_code = ?6, execution_us = ?7, cpu_us = ?8,
-                    vm_restarted = ?9 WHERE id = ?1",
+                    vm_restarted = ?9, results = ?11 WHERE id = ?1",
             )?
             .execute(params![
                 self.id,
@@ -212,6 +220,12 @@ impl TaskEnd {
                 outcome.execution_time.as_micros() as i64,
                 outcome.cpu_time.as_micros() as i64,
                 outcome.vm_restarted,
+                if outcome.cancelled {
+                    "cancelled"
+                } else {
+                    "done"
+                },
+                outcome.results,
             ])?;
         Ok(())
     }
@@ -228,6 +242,11 @@ impl TaskRow {
                 code: row.get(4)?,
                 timeout: std::time::Duration::from_millis(row.get::<_, i64>(5)?.max(0) as u64),
                 answer_within: None,
+                live: row.get(18)?,
+                context: row
+                    .get::<_, Option<String>>(16)?
+                    .as_deref()
+                    .and_then(ContextName::parse),
             },
             max_vms: row.get(6)?,
             state: TaskState::parse(&row.get::<_, String>(7)?),
@@ -239,6 +258,7 @@ impl TaskRow {
             execution_us: row.get(13)?,
             cpu_us: row.get(14)?,
             vm_restarted: row.get(15)?,
+            results: row.get(17)?,
         })
     }
 
@@ -406,6 +426,8 @@ mod tests {
             tenant: "t".into(),
             session_id: "s".into(),
             command: Command {
+                context: None,
+                live: false,
                 language: Language::Bash,
                 code: "true".into(),
                 timeout: Duration::from_secs(5),

@@ -16,7 +16,7 @@ use tokio::sync::watch;
 
 use crate::backend::Backend;
 use crate::config::TaskConfig;
-use crate::session::{PartialOutput, SessionError, SessionId, TenantId};
+use crate::session::{Feed, Follower, SessionError, SessionId, TenantId};
 use crate::store::{NewTask, Store, StoreError, Submitted, TaskRow, now_ms};
 
 /// Exit code of a task that was running when the server stopped: as if killed.
@@ -50,7 +50,9 @@ struct Inner {
 #[derive(Debug)]
 struct Live {
     tenant: String,
-    output: watch::Sender<PartialOutput>,
+    output: Arc<Feed>,
+    /// Set by who cancels it.
+    cancel: watch::Sender<bool>,
     done: watch::Sender<bool>,
 }
 
@@ -150,8 +152,7 @@ impl Tasks {
         id: &str,
         wait: Duration,
     ) -> Result<Option<TaskRow>, StoreError> {
-        let live = self.inner.live.get(id).map(|entry| entry.value().clone());
-        let live = live.filter(|live| live.tenant == tenant.0);
+        let live = self.live(tenant, id);
         if let Some(live) = &live {
             let mut done = live.done.subscribe();
             // Whether it is done is seen in the row.
@@ -165,12 +166,29 @@ impl Tasks {
             .await?;
         Ok(row.map(|mut row| {
             if let Some(live) = live.filter(|_| !row.state.is_complete()) {
-                let output = live.output.borrow();
-                row.stdout.clone_from(&output.stdout);
-                row.stderr.clone_from(&output.stderr);
+                let output = live.output.so_far();
+                row.stdout = output.stdout;
+                row.stderr = output.stderr;
             }
             row
         }))
+    }
+
+    /// The output of the tenant's task as it comes, while it is not complete.
+    pub fn follow(&self, tenant: &TenantId, id: &str) -> Option<Follower> {
+        self.live(tenant, id).map(|live| live.output.follow())
+    }
+
+    /// Stops the tenant's task, or keeps it from starting; `None` when it is not open.
+    pub fn cancel(&self, tenant: &TenantId, id: &str) -> Option<()> {
+        let live = self.live(tenant, id)?;
+        live.cancel.send_replace(true);
+        Some(())
+    }
+
+    fn live(&self, tenant: &TenantId, id: &str) -> Option<Arc<Live>> {
+        let live = self.inner.live.get(id).map(|entry| entry.value().clone());
+        live.filter(|live| live.tenant == tenant.0)
     }
 
     /// Tasks that wait or run.
@@ -230,7 +248,8 @@ impl Inner {
     fn enter(&self, id: &str, tenant: &str) -> Arc<Live> {
         let live = Arc::new(Live {
             tenant: tenant.to_owned(),
-            output: watch::Sender::new(PartialOutput::default()),
+            output: Arc::default(),
+            cancel: watch::Sender::new(false),
             done: watch::Sender::new(false),
         });
         self.live.insert(id.to_owned(), live.clone());

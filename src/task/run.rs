@@ -7,7 +7,7 @@ use tokio::time::{Instant, MissedTickBehavior};
 
 use super::{Inner, Live};
 use crate::backend::Ticket;
-use crate::session::{Command, Outcome, PlanLimits, SessionError, SessionId, TenantId};
+use crate::session::{Attached, Command, Outcome, PlanLimits, SessionError, SessionId, TenantId};
 use crate::store::{Store, StoreError, TaskEnd, TaskRow};
 
 /// Exit code of a task that thaw could not run at all, as container tools have it.
@@ -46,6 +46,7 @@ impl Inner {
         }
         self.live.remove(&job.id);
         live.done.send_replace(true);
+        live.output.close();
     }
 
     /// Tries until the job has run or cannot.
@@ -95,7 +96,12 @@ impl Inner {
         live: &Live,
         mut ticket: Box<dyn Ticket>,
     ) -> Result<Outcome, SessionError> {
-        ticket.ready().await;
+        let mut cancel = live.cancel.subscribe();
+        tokio::select! {
+            () = ticket.ready() => {}
+            // The ticket itself answers that it was cancelled.
+            _ = cancel.wait_for(|cancel| *cancel) => {}
+        }
         // Before the command starts: a row that says `queued` has certainly not run.
         if let Err(error) = self.mark(&job.id, TaskRow::mark_running).await {
             return Err(SessionError::Unavailable(error.into()));
@@ -103,8 +109,11 @@ impl Inner {
         let limits = PlanLimits {
             max_vms: job.max_vms,
         };
-        let watch = live.output.clone();
-        let running = ticket.run(limits, job.command.clone(), Some(watch));
+        let attached = Attached {
+            feed: Some(live.output.clone()),
+            cancel: Some(live.cancel.subscribe()),
+        };
+        let running = ticket.run(limits, job.command.clone(), attached);
         let result = self.flushing(&job.id, live, running).await;
         if result.is_err()
             && let Err(error) = self.mark(&job.id, TaskRow::mark_queued).await
@@ -130,7 +139,7 @@ impl Inner {
         live: &Live,
         running: impl Future<Output = Result<Outcome, SessionError>>,
     ) -> Result<Outcome, SessionError> {
-        let mut output = live.output.subscribe();
+        let mut news = live.output.watch();
         let every = Duration::from_millis(self.config.flush_ms);
         let mut tick = tokio::time::interval_at(Instant::now() + every, every);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -140,10 +149,11 @@ impl Inner {
                 result = &mut running => return result,
                 _ = tick.tick() => {}
             }
-            if !output.has_changed().unwrap_or(false) {
+            if !news.has_changed().unwrap_or(false) {
                 continue;
             }
-            let now = output.borrow_and_update().clone();
+            news.mark_unchanged();
+            let now = live.output.so_far();
             let id = id.to_owned();
             let stored = self
                 .store

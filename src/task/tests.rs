@@ -13,6 +13,8 @@ fn task(tenant: &TenantId, session: &SessionId, id: &str, code: &str) -> NewTask
         tenant: tenant.0.clone(),
         session_id: session.to_string(),
         command: Command {
+            context: None,
+            live: false,
             language: Language::Python,
             code: code.into(),
             timeout: Duration::from_secs(60),

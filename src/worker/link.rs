@@ -9,6 +9,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use bytes::Bytes;
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use thaw_vmm::protocol::{Cause, Death, Order, Report};
 use thaw_wire::frame::{CONTROL, Frame, HEADER, Header, Kind};
@@ -215,11 +216,10 @@ impl Link {
         Ok(true)
     }
 
-    /// Opens a stream. Frames for it go to the receiver; `input` follows as the guest grants credit.
+    /// Opens a stream. Frames for it go to the receiver; the last value tells of room for input.
     pub(super) fn open_stream(
         &self,
-        input: Vec<u8>,
-    ) -> Result<(u32, mpsc::UnboundedReceiver<Event>), WorkerError> {
+    ) -> Result<(u32, mpsc::UnboundedReceiver<Event>, Arc<Notify>), WorkerError> {
         // What can wait in the channel is bounded by the credit that the receiver grants.
         let (events, receiver) = mpsc::unbounded_channel();
         let mut streams = lock(&self.streams);
@@ -231,8 +231,10 @@ impl Link {
             streams.last = streams.last.wrapping_add(1);
             let stream = streams.last;
             if stream != CONTROL && !streams.open.contains_key(&stream) {
-                streams.open.insert(stream, Inbox::new(events, input));
-                return Ok((stream, receiver));
+                let inbox = Inbox::new(events);
+                let room = inbox.room();
+                streams.open.insert(stream, inbox);
+                return Ok((stream, receiver, room));
             }
         }
     }
@@ -251,6 +253,36 @@ impl Link {
             self.send(&Frame::new(stream, Kind::Stdin, chunk), Vec::new())?;
         }
         Ok(())
+    }
+
+    /// Adds to a stream's input. A stream that has ended takes it and forgets it.
+    pub(super) fn feed(&self, stream: u32, bytes: Bytes) -> Result<(), WorkerError> {
+        if let Some(inbox) = lock(&self.streams).open.get_mut(&stream) {
+            inbox.push(bytes);
+        }
+        self.pump(stream, 0)
+    }
+
+    /// Ends a stream's input.
+    pub(super) fn finish_input(&self, stream: u32) -> Result<(), WorkerError> {
+        if let Some(inbox) = lock(&self.streams).open.get_mut(&stream) {
+            inbox.end();
+        }
+        self.pump(stream, 0)
+    }
+
+    /// Bytes of input that wait for credit; `None` when the stream has ended.
+    pub(super) fn waiting_input(&self, stream: u32) -> Option<usize> {
+        lock(&self.streams).open.get(&stream).map(Inbox::waiting)
+    }
+
+    /// Why a stream that is gone takes nothing.
+    pub(super) fn why_closed(&self) -> Death {
+        self.ended().unwrap_or_else(|| Death {
+            cause: Cause::Worker,
+            detail: "the process has ended".to_owned(),
+            console: String::new(),
+        })
     }
 
     fn take(&self, frame: Frame, reports: &mpsc::Sender<Report>) -> Result<(), String> {
@@ -302,8 +334,8 @@ impl Link {
                     .map_err(|error| error.to_string());
             }
         }
-        if last {
-            streams.open.remove(&frame.stream);
+        if last && let Some(inbox) = streams.open.remove(&frame.stream) {
+            inbox.close();
         }
         Ok(())
     }
@@ -313,6 +345,7 @@ impl Link {
             .send_if_modified(|known| known.is_none() && known.replace(death).is_none());
         let known = self.ended().unwrap_or_else(lost);
         for (_, inbox) in lock(&self.streams).open.drain() {
+            inbox.close();
             if inbox.events.send(Event::Died(known.clone())).is_err() {
                 // Its command is of no interest to anybody any more.
             }
@@ -414,7 +447,12 @@ mod tests {
         for _ in 0..200 {
             let (ours, mut peer) = std::os::unix::net::UnixStream::pair().unwrap();
             let (link, _reports) = Link::open(ours).unwrap();
-            let (stream, _events) = link.open_stream(text.clone()).unwrap();
+            let (stream, _events, _room) = link.open_stream().unwrap();
+            lock(&link.streams)
+                .open
+                .get_mut(&stream)
+                .unwrap()
+                .push(text.clone().into());
             let reader = {
                 let bytes = text.len();
                 std::thread::spawn(move || received(&mut peer, bytes))

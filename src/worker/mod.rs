@@ -18,10 +18,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use thaw_vmm::protocol::{Boot, Death, Order, Report, Restore, Stats};
-use thaw_wire::message::{self, Execute, Ready, Renew};
+use thaw_wire::message::{self, Execute, Process as Program, Ready, Renew};
 use tokio::sync::Mutex;
 
-pub use running::{Event, Running, command};
+pub use running::{Event, Feeder, Running, command};
 
 use link::{Link, Reports};
 use process::Process;
@@ -365,6 +365,14 @@ impl Worker {
     /// The VM ended, or the command cannot be put into frames.
     pub fn execute(&self, command: Execute) -> Result<Running, WorkerError> {
         Running::start(&self.link, command)
+    }
+
+    /// Starts a process beside the commands.
+    ///
+    /// # Errors
+    /// The VM ended, or the order cannot be put into a frame.
+    pub fn process(&self, process: Program) -> Result<(Running, Feeder), WorkerError> {
+        Running::process(&self.link, process)
     }
 
     /// Why the VM ended by itself, once it has.

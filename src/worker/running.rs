@@ -1,12 +1,13 @@
 //! A command that runs in a VM, seen from `serve`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
+use bytes::Bytes;
 use thaw_vmm::protocol::{Cause, Death};
 use thaw_wire::frame::{Frame, INITIAL_CREDIT, Kind, MAX_PAYLOAD};
-use thaw_wire::message::{Execute, Exit, Open, Signal};
-use tokio::sync::mpsc;
+use thaw_wire::message::{Execute, Exit, Open, Process, Signal};
+use tokio::sync::{Notify, mpsc};
 
 use super::WorkerError;
 use super::link::Link;
@@ -45,39 +46,82 @@ impl Event {
     }
 }
 
+/// Input of one process that may wait here for credit: enough to keep the guest busy while its
+/// writer fetches more.
+const MOST_WAITING: usize = 2 * INITIAL_CREDIT as usize;
+
 /// The link's side of a stream.
 #[derive(Debug)]
 pub(super) struct Inbox {
     pub(super) events: mpsc::UnboundedSender<Event>,
-    input: Vec<u8>,
-    sent: usize,
+    input: VecDeque<Bytes>,
+    waiting: usize,
+    /// The end of the input is to be told once everything before it has been sent.
+    ending: bool,
     credit: u32,
+    /// Tells writers that there is room again.
+    room: Arc<Notify>,
 }
 
 impl Inbox {
-    pub(super) fn new(events: mpsc::UnboundedSender<Event>, input: Vec<u8>) -> Self {
+    pub(super) fn new(events: mpsc::UnboundedSender<Event>) -> Self {
         Self {
             events,
-            input,
-            sent: 0,
+            input: VecDeque::new(),
+            waiting: 0,
+            ending: false,
             credit: INITIAL_CREDIT,
+            room: Arc::default(),
         }
     }
 
-    /// The next piece of input that credit allows after a grant, if there is any.
+    /// Tells writers that there is room again.
+    pub(super) fn room(&self) -> Arc<Notify> {
+        self.room.clone()
+    }
+
+    /// Bytes that wait for credit.
+    pub(super) fn waiting(&self) -> usize {
+        self.waiting
+    }
+
+    /// Nothing is added any more.
+    pub(super) fn end(&mut self) {
+        self.ending = true;
+    }
+
+    /// The stream is over: whoever waits for room finds out.
+    pub(super) fn close(&self) {
+        self.room.notify_waiters();
+    }
+
+    /// Adds input.
+    pub(super) fn push(&mut self, bytes: Bytes) {
+        if !bytes.is_empty() {
+            self.waiting += bytes.len();
+            self.input.push_back(bytes);
+        }
+    }
+
+    /// The next piece of input that credit allows after a grant, if there is any. An empty one is
+    /// the input's end.
     pub(super) fn next_chunk(&mut self, grant: u32) -> Option<Vec<u8>> {
         self.credit = self.credit.saturating_add(grant);
-        let rest = &self.input[self.sent..];
-        let len = rest.len().min(self.credit as usize).min(MAX_PAYLOAD);
+        let Some(piece) = self.input.front_mut() else {
+            return std::mem::take(&mut self.ending).then(Vec::new);
+        };
+        let len = piece.len().min(self.credit as usize).min(MAX_PAYLOAD);
         if len == 0 {
             return None;
         }
-        let chunk = rest[..len].to_vec();
-        self.sent += len;
+        let chunk = piece.split_to(len).to_vec();
+        if piece.is_empty() {
+            self.input.pop_front();
+        }
+        self.waiting -= len;
         self.credit -= len as u32;
-        if self.sent == self.input.len() {
-            self.input = Vec::new();
-            self.sent = 0;
+        if self.waiting < MOST_WAITING {
+            self.room.notify_waiters();
         }
         Some(chunk)
     }
@@ -104,19 +148,35 @@ impl Running {
             input = command.code.take().unwrap_or_default().into_bytes();
             command.code_len = input.len() as u64;
         }
-        let (stream, events) = link.open_stream(input)?;
+        let (running, _) = Self::open(link, &Open::Execute(command))?;
+        link.feed(running.stream, input.into())?;
+        Ok(running)
+    }
+
+    /// Starts a process; the second value is the way to it.
+    pub(super) fn process(
+        link: &Arc<Link>,
+        process: Process,
+    ) -> Result<(Self, Feeder), WorkerError> {
+        let (running, room) = Self::open(link, &Open::Process(process))?;
+        let feeder = Feeder {
+            link: link.clone(),
+            stream: running.stream,
+            room,
+        };
+        Ok((running, feeder))
+    }
+
+    fn open(link: &Arc<Link>, order: &Open) -> Result<(Self, Arc<Notify>), WorkerError> {
+        let (stream, events, room) = link.open_stream()?;
         let running = Self {
             link: link.clone(),
             stream,
             events,
             owed: 0,
         };
-        link.send(
-            &Frame::json(stream, Kind::Open, &Open::Execute(command))?,
-            Vec::new(),
-        )?;
-        link.pump(stream, 0)?;
-        Ok(running)
+        link.send(&Frame::json(stream, Kind::Open, order)?, Vec::new())?;
+        Ok((running, room))
     }
 
     /// What happens next. Safe to drop and to call again: nothing is lost.
@@ -154,6 +214,52 @@ impl Running {
     }
 }
 
+/// The way to a process: its input and its signals.
+#[derive(Debug)]
+pub struct Feeder {
+    link: Arc<Link>,
+    stream: u32,
+    room: Arc<Notify>,
+}
+
+impl Feeder {
+    /// Hands bytes to the process; waits while it does not take what it was given before.
+    ///
+    /// # Errors
+    /// The process or its VM is gone.
+    pub async fn write(&self, bytes: Bytes) -> Result<(), WorkerError> {
+        loop {
+            // Before the look, so that room made in between is not missed.
+            let room = self.room.notified();
+            tokio::pin!(room);
+            room.as_mut().enable();
+            match self.link.waiting_input(self.stream) {
+                Some(waiting) if waiting < MOST_WAITING => break,
+                Some(_) => room.await,
+                None => return Err(WorkerError::Died(self.link.why_closed())),
+            }
+        }
+        self.link.feed(self.stream, bytes)
+    }
+
+    /// No more input will come.
+    ///
+    /// # Errors
+    /// The VM is gone.
+    pub fn finish(&self) -> Result<(), WorkerError> {
+        self.link.finish_input(self.stream)
+    }
+
+    /// Sends a signal to the process.
+    ///
+    /// # Errors
+    /// The VM is gone.
+    pub fn signal(&self, signal: Signal) -> Result<(), WorkerError> {
+        let frame = Frame::json(self.stream, Kind::Signal, &signal)?;
+        self.link.send(&frame, Vec::new())
+    }
+}
+
 impl Drop for Running {
     fn drop(&mut self) {
         // From here on the link grants what arrives by itself; what was left lying is granted now.
@@ -182,6 +288,7 @@ pub fn command(
         timeout_ms: u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX),
         env: BTreeMap::new(),
         context: None,
+        live: false,
     }
 }
 
@@ -193,7 +300,9 @@ mod tests {
     fn input_flows_only_as_far_as_credit_goes() {
         let (events, _receiver) = mpsc::unbounded_channel();
         let total = INITIAL_CREDIT as usize + 100;
-        let mut inbox = Inbox::new(events, vec![7; total]);
+        let mut inbox = Inbox::new(events);
+        inbox.push(vec![7; total].into());
+        inbox.end();
         let mut sent = 0;
         while let Some(chunk) = inbox.next_chunk(0) {
             sent += chunk.len();
@@ -201,6 +310,8 @@ mod tests {
         assert_eq!(sent, INITIAL_CREDIT as usize);
         assert_eq!(inbox.next_chunk(60).map(|chunk| chunk.len()), Some(60));
         assert_eq!(inbox.next_chunk(1000).map(|chunk| chunk.len()), Some(40));
+        // The end comes last and once.
+        assert_eq!(inbox.next_chunk(1000), Some(Vec::new()));
         assert_eq!(inbox.next_chunk(1000), None);
     }
 }

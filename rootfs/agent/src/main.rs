@@ -16,9 +16,15 @@ use thaw_agent::interpreter::Place;
 use thaw_agent::limits::{Limits, memory_available};
 use thaw_agent::rehearsal;
 use thaw_agent::wire::Wire;
+use thaw_agent::{files, process};
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().collect();
+    if let [name, work] = arguments.as_slice()
+        && name == process::FILES
+    {
+        return files::main(work);
+    }
     let ended = match arguments
         .iter()
         .position(|argument| argument == "--rehearse")

@@ -139,6 +139,10 @@ pub struct Execute {
     /// Absent: the one that every session has from its start.
     #[serde(default)]
     pub context: Option<String>,
+    /// Somebody watches: what it prints is to leave the interpreter as it is printed, not when a
+    /// buffer is full or its owner gets round to it.
+    #[serde(default)]
+    pub live: bool,
 }
 
 /// A process with a stream of its own, beside whatever commands run.

@@ -5,6 +5,6 @@ mod json;
 mod requests;
 
 pub use requests::{
-    Body, CommandRequest, SessionRequest, check_env, metadata, password_form, session_id,
-    session_spec,
+    Body, CommandRequest, SessionRequest, check_env, form, metadata, missing, password_form,
+    session_id, session_spec,
 };

@@ -9,7 +9,7 @@ use super::fields::{Fields, echo};
 use super::json;
 use crate::config::VmConfig;
 use crate::http::error::{ApiError, Fault};
-use crate::session::{Language, SessionId, SessionSpec};
+use crate::session::{ContextName, Language, SessionId, SessionSpec};
 
 /// Most bytes of a session's environment, names and values. Its agent passes it on in one frame.
 const MOST_ENV_BYTES: usize = 64 << 10;
@@ -32,6 +32,8 @@ pub struct CommandRequest {
     pub session_id: Option<SessionId>,
     /// The command's language.
     pub language: Language,
+    /// Which of the session's interpreters.
+    pub context: Option<ContextName>,
     /// Seconds, 1 to 600.
     pub timeout_s: u32,
     /// Vaults to attach.
@@ -118,6 +120,14 @@ impl Body {
         fields.optional_string("api_key");
         let session_id = session_id(&mut fields);
         let language = fields.choice("language", LANGUAGES, Language::Python);
+        let context = fields.optional_string("context").and_then(|text| {
+            let name = ContextName::parse(&text);
+            if name.is_none() {
+                let why = "a context's name is 1 to 64 of A-Z a-z 0-9 . _ -";
+                fields.value_error(&["context"], why);
+            }
+            name
+        });
         let timeout_s = fields.int("timeout", 60, 1, 600);
         let vault_ids = fields.strings("vault_ids");
         for (name, text) in [("command", &command), ("code", &code)] {
@@ -139,6 +149,7 @@ impl Body {
                 .unwrap_or_default(),
             session_id,
             language,
+            context,
             timeout_s: u32::try_from(timeout_s).unwrap_or(60),
             vault_ids,
         })
@@ -279,6 +290,31 @@ fn parse_id(text: &str) -> Result<SessionId, String> {
     SessionId::parse(&id.as_hyphenated().to_string()).ok_or_else(|| "unknown version".into())
 }
 
+/// A field that is not there and must be.
+pub fn missing(name: &str) -> Fault {
+    Fault {
+        kind: "missing",
+        loc: vec!["body".into(), name.into()],
+        msg: "Field required".into(),
+        input: Value::Null,
+        ctx: None,
+    }
+}
+
+/// Reads a urlencoded form, whose values are all texts.
+///
+/// # Errors
+/// 422 with everything that is wrong.
+pub fn form<T>(body: &[u8], read: impl FnOnce(&mut Fields<'_>) -> T) -> Result<T, ApiError> {
+    let values: serde_json::Map<String, Value> = form_urlencoded::parse(body)
+        .map(|(name, value)| (name.into_owned(), value.into_owned().into()))
+        .collect();
+    Body {
+        value: Value::Object(values),
+    }
+    .fields(read)
+}
+
 /// The fields of an OAuth2 password form, as FastAPI's `OAuth2PasswordRequestForm` reads them.
 ///
 /// # Errors
@@ -302,13 +338,7 @@ pub fn password_form(body: &[u8]) -> Result<(String, String), ApiError> {
         form.remove(name)
             .filter(|value| !value.is_empty())
             .unwrap_or_else(|| {
-                faults.push(Fault {
-                    kind: "missing",
-                    loc: vec!["body".into(), name.into()],
-                    msg: "Field required".into(),
-                    input: Value::Null,
-                    ctx: None,
-                });
+                faults.push(missing(name));
                 String::new()
             })
     };

@@ -4,23 +4,27 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use hyper::StatusCode;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::{Access, Endpoint, Group, Takes};
+use super::{Access, Endpoint, Group, Takes, executions};
 use crate::http::app::{App, Call};
 use crate::http::auth::Caller;
 use crate::http::body::CommandRequest;
 use crate::http::error::ApiError;
 use crate::http::openapi::{
-    language, language_or, nullable, object, seconds, text, time, truth, uuid,
+    language, language_or, nullable, object, results, seconds, text, time, truth, uuid,
 };
 use crate::http::reply::{self, Reply, iso, iso_ms};
 use crate::http::retry::{Same, name_reused};
-use crate::session::{Command, Outcome, SessionId, SessionSpec};
+use crate::session::{Attached, Command, ContextName, Outcome, SessionId, SessionSpec};
 use crate::store::{NewTask, Submitted, language_name};
 use crate::task::SubmitError;
 use serde_json::json;
+use serde_json::value::RawValue;
+
+/// Where a command is followed from its start.
+const STREAM: &str = "/v1/executions/stream";
 
 /// What this file answers.
 pub(super) const GROUP: Group = Group {
@@ -49,6 +53,18 @@ pub(super) const GROUP: Group = Group {
             refuses: &[400, 404, 409, 503],
             handler: |call| Box::pin(execute_async(call)),
         },
+        Endpoint {
+            method: "POST",
+            path: STREAM,
+            name: "stream_command",
+            summary: "Queue a command and follow it: server-sent events `start`, `stdout`, `stderr`, `result`, `exit`",
+            access: Access::Key,
+            query: &[],
+            takes: Takes::Json("CommandRequest"),
+            gives: "text/event-stream",
+            refuses: &[404, 409, 503],
+            handler: |call| Box::pin(execute_stream(call)),
+        },
     ],
     schemas: || {
         vec![
@@ -63,7 +79,10 @@ pub(super) const GROUP: Group = Group {
                         "session_id": { "anyOf": [uuid(), { "type": "null" }] },
                         "language": language_or("python"),
                         "timeout": { "type": "integer", "minimum": 1, "maximum": 600, "default": 60 },
-                        "vault_ids": { "anyOf": [{ "type": "array", "items": text() }, { "type": "null" }] },
+                        "context": { "anyOf": [
+                        { "type": "string", "pattern": "^[A-Za-z0-9._-]{1,64}$" }, { "type": "null" },
+                    ] },
+                    "vault_ids": { "anyOf": [{ "type": "array", "items": text() }, { "type": "null" }] },
                     }),
                 ),
             ),
@@ -75,7 +94,7 @@ pub(super) const GROUP: Group = Group {
                         "stdout": text(), "stderr": text(), "exit_code": { "type": "integer" },
                         "execution_time": seconds(), "cpu_time": seconds(), "session_id": uuid(),
                         "language": language(), "created_at": time(), "timed_out": truth(), "truncated": truth(),
-                        "truncated_bytes": { "type": "integer" }, "vm_restarted": truth(),
+                        "truncated_bytes": { "type": "integer" }, "results": results(), "vm_restarted": truth(),
                     }),
                 ),
             ),
@@ -112,6 +131,8 @@ struct CommandResult<'a> {
     created_at: String,
     timed_out: bool,
     truncated: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    results: Option<&'a RawValue>,
     #[serde(skip_serializing_if = "is_zero")]
     truncated_bytes: u64,
     #[serde(skip_serializing_if = "std::ops::Not::not")]
@@ -129,6 +150,12 @@ struct TaskAccepted<'a> {
     session_id: &'a str,
     status: &'static str,
     created_at: String,
+}
+
+/// What is read back of a [`TaskAccepted`].
+#[derive(Deserialize)]
+struct TaskId {
+    task_id: String,
 }
 
 /// A request that may be run.
@@ -153,6 +180,8 @@ pub(super) async fn execute(mut call: Call) -> Result<Reply, ApiError> {
     let command = Command {
         language: request.language,
         code: request.code,
+        context: request.context,
+        live: false,
         timeout,
         answer_within: Some(timeout.saturating_sub(MARGIN)),
     };
@@ -160,7 +189,7 @@ pub(super) async fn execute(mut call: Call) -> Result<Reply, ApiError> {
         let created_at = iso(jiff::Timestamp::now());
         let language = language_name(command.language);
         let ticket = app.backend.accept(&caller.tenant, &session)?;
-        let running = ticket.run(caller.limits, command, None);
+        let running = ticket.run(caller.limits, command, Attached::default());
         let id = session.to_string();
         Ok(async move { Ok(result(&running.await?, &id, language, created_at)) })
     };
@@ -173,14 +202,35 @@ pub(super) async fn execute(mut call: Call) -> Result<Reply, ApiError> {
 
 pub(super) async fn execute_async(mut call: Call) -> Result<Reply, ApiError> {
     let wanted = wanted(&mut call, "/execute_async").await?;
-    let (session, same) = session_of(&call.app, &wanted, "/execute_async").await?;
+    let (_, body) = submit(&call.app, wanted, "/execute_async").await?;
+    Ok(reply::raw(StatusCode::OK, "application/json", body))
+}
+
+/// `POST /v1/executions/stream`: as `/execute_async`, followed at once.
+pub(super) async fn execute_stream(mut call: Call) -> Result<Reply, ApiError> {
+    let wanted = wanted(&mut call, STREAM).await?;
+    let tenant = wanted.caller.tenant.clone();
+    let (task, _) = submit(&call.app, wanted, STREAM).await?;
+    executions::follow(call.app.clone(), tenant, task)
+}
+
+/// Hands a task in; its id, and the answer that tells it.
+async fn submit(
+    app: &App,
+    wanted: Wanted,
+    route: &'static str,
+) -> Result<(String, Bytes), ApiError> {
+    let (session, same) = session_of(app, &wanted, route).await?;
+    let id = uuid::Uuid::new_v4().to_string();
     let task = NewTask {
-        id: uuid::Uuid::new_v4().to_string(),
+        id,
         tenant: wanted.caller.tenant.0.clone(),
         session_id: session.to_string(),
         command: Command {
             language: wanted.request.language,
             code: wanted.request.code,
+            context: wanted.request.context,
+            live: route == STREAM,
             timeout: Duration::from_secs(wanted.request.timeout_s.into()),
             answer_within: None,
         },
@@ -188,7 +238,7 @@ pub(super) async fn execute_async(mut call: Call) -> Result<Reply, ApiError> {
         idempotency_key: wanted.idempotency_key,
         body_hash: wanted.content,
     };
-    let tasks = call.app.tasks.clone();
+    let tasks = app.tasks.clone();
     let submit = async move {
         let (id, session_id) = (task.id.clone(), task.session_id.clone());
         let created_at = iso(jiff::Timestamp::now());
@@ -209,12 +259,10 @@ pub(super) async fn execute_async(mut call: Call) -> Result<Reply, ApiError> {
     };
     // The store itself remembers named tasks, for longer and through restarts.
     let same = same.unwrap_or_else(|| Same::Body(wanted.caller.tenant.clone(), rand::random()));
-    let body = call
-        .app
-        .retries
-        .run(same, wanted.content, || Ok(submit))
-        .await?;
-    Ok(reply::raw(StatusCode::OK, "application/json", body))
+    let body = app.retries.run(same, wanted.content, || Ok(submit)).await?;
+    // A repetition is answered with the first one's id.
+    let told: TaskId = serde_json::from_slice(&body).map_err(|error| ApiError::internal(&error))?;
+    Ok((told.task_id, body))
 }
 
 /// Who wants what, as far as that can be told without a session.
@@ -295,6 +343,7 @@ fn content_hash(route: &str, request: &CommandRequest) -> [u8; 32] {
         route,
         &session,
         language_name(request.language),
+        request.context.as_ref().map_or("", ContextName::as_str),
         &timeout,
         &request.code,
     ] {
@@ -321,9 +370,15 @@ fn result(
         created_at,
         timed_out: outcome.timed_out,
         truncated: outcome.truncated_bytes > 0,
+        results: raw_json(&outcome.results),
         truncated_bytes: outcome.truncated_bytes,
         vm_restarted: outcome.vm_restarted,
     })
+}
+
+/// Results as they are stored: JSON, or nothing.
+pub(super) fn raw_json(text: &str) -> Option<&RawValue> {
+    serde_json::from_str(text).ok()
 }
 
 fn accepted(task_id: &str, session_id: &str, created_at: String) -> Bytes {

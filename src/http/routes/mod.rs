@@ -8,6 +8,7 @@ mod audit;
 mod egress;
 mod execute;
 mod executions;
+mod files;
 mod sandboxes;
 mod sessions;
 mod snapshots;
@@ -40,6 +41,8 @@ pub enum Takes {
     Form(&'static str),
     /// A multipart form of this schema.
     Multipart(&'static str),
+    /// Bytes.
+    Bytes,
 }
 
 /// Who may call an endpoint.
@@ -51,7 +54,7 @@ pub enum Access {
     Key,
 }
 
-/// A query parameter. All are optional: what a request must say is in its path or body.
+/// A query parameter.
 #[derive(Clone, Copy, Debug)]
 pub struct Query {
     /// Its name.
@@ -65,6 +68,8 @@ pub struct Query {
 /// What a query parameter may be.
 #[derive(Clone, Copy, Debug)]
 pub enum QueryKind {
+    /// Any text, which must be there.
+    Required,
     /// Any text.
     Text,
     /// `true` or `false`; absent, this.
@@ -76,7 +81,7 @@ pub enum QueryKind {
 /// One endpoint.
 #[derive(Debug)]
 pub struct Endpoint {
-    /// `GET`, `POST`, `PATCH` or `DELETE`.
+    /// `GET`, `POST`, `PUT`, `PATCH` or `DELETE`.
     pub method: &'static str,
     /// With parameters in braces.
     pub path: &'static str,
@@ -111,6 +116,7 @@ pub struct Group {
 pub const GROUPS: &[Group] = &[
     execute::GROUP,
     executions::GROUP,
+    files::GROUP,
     sessions::GROUP,
     sandboxes::GROUP,
     vms::GROUP,

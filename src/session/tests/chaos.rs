@@ -75,6 +75,6 @@ async fn after_any_mixture_of_kills_deaths_and_departures_every_place_is_free_an
         .filter(|vm| lock(&vm.renewed).is_some())
         .count();
     assert!(renewed >= 10);
-    let late = sessions.execute(&owner, PLAN, &ids[0], command("say x"), None);
+    let late = sessions.execute(&owner, PLAN, &ids[0], command("say x"), Attached::default());
     assert!(matches!(late.await, Err(SessionError::ShuttingDown)));
 }

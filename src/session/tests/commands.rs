@@ -1,5 +1,6 @@
 //! Order, deadlines, output.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::super::*;
@@ -48,7 +49,7 @@ async fn another_tenant_and_an_unknown_id_find_nothing() {
     let (sessions, _) = start(unpooled()).await;
     let id = sessions.make().await;
     let other = TenantId("other".into());
-    let refused = sessions.execute(&other, PLAN, &id, command("say x"), None);
+    let refused = sessions.execute(&other, PLAN, &id, command("say x"), Attached::default());
     assert!(matches!(refused.await, Err(SessionError::NotFound(_))));
     assert!(sessions.view(&other, &id).is_err());
     assert!(sessions.kill(&other, &id).await.is_err());
@@ -138,26 +139,51 @@ async fn a_caller_who_goes_away_stops_its_command_before_the_next_one_starts() {
 async fn partial_output_is_shown_while_the_command_runs() {
     let (sessions, _) = start(unpooled()).await;
     let id = sessions.make().await;
-    let (watch, mut seen) = OutputWatch::new(PartialOutput::default()).subscribe_pair();
+    let attached = Attached {
+        feed: Some(Arc::default()),
+        cancel: None,
+    };
+    let mut seen = attached.feed.as_ref().unwrap().follow();
     let accepted = sessions.accept(&tenant(), &id).unwrap();
     let code = "say one; err e; sleep 1000; say two; sleep 1000; say three";
     let running = tokio::spawn({
         let sessions = sessions.clone();
-        async move {
-            sessions
-                .run(accepted, PLAN, command(code), Some(watch))
-                .await
-        }
+        async move { sessions.run(accepted, PLAN, command(code), attached).await }
     });
-    seen.changed().await.unwrap();
-    assert_eq!(
-        (seen.borrow().stdout.as_str(), seen.borrow().stderr.as_str()),
-        ("one", "e")
-    );
-    seen.changed().await.unwrap();
-    assert_eq!(seen.borrow_and_update().stdout, "onetwo");
+    assert_eq!(seen.next().await, Some((Output::Stdout, "one".into())));
+    assert_eq!(seen.next().await, Some((Output::Stderr, "e".into())));
+    assert_eq!(seen.next().await, Some((Output::Stdout, "two".into())));
     assert_eq!(running.await.unwrap().unwrap().stdout, "onetwothree");
-    assert_eq!(seen.borrow().stdout, "onetwothree");
+    assert_eq!(seen.next().await, Some((Output::Stdout, "three".into())));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_cancelled_command_is_stopped_wherever_it_is() {
+    let (sessions, _) = start(unpooled()).await;
+    let id = sessions.make().await;
+    let begin = |code: &'static str| {
+        let (cancel, cancelled) = tokio::sync::watch::channel(false);
+        let attached = Attached {
+            feed: None,
+            cancel: Some(cancelled),
+        };
+        let accepted = sessions.accept(&tenant(), &id).unwrap();
+        let sessions = sessions.clone();
+        let run = async move { sessions.run(accepted, PLAN, command(code), attached).await };
+        (cancel, tokio::spawn(run))
+    };
+    let (stop_running, running) = begin("say begun; sleep 100000");
+    let (stop_waiting, waiting) = begin("count");
+    sleep_ms(10).await;
+    stop_waiting.send_replace(true);
+    let waiting = waiting.await.unwrap().unwrap();
+    assert!(waiting.cancelled && waiting.exit_code == 130, "{waiting:?}");
+    stop_running.send_replace(true);
+    let running = running.await.unwrap().unwrap();
+    assert!(running.cancelled && running.exit_code == 130, "{running:?}");
+    assert_eq!(running.stdout, "begun");
+    assert!(running.stderr.contains("cancelled"));
+    assert_eq!(sessions.say(&id, "count").await.stdout, "2");
 }
 
 #[tokio::test]
@@ -166,15 +192,4 @@ async fn failure_is_an_outcome() {
     let id = sessions.make().await;
     let outcome = sessions.say(&id, "err no; exit 3").await;
     assert_eq!((outcome.exit_code, outcome.stderr.as_str()), (3, "no"));
-}
-
-trait Pair {
-    fn subscribe_pair(self) -> (OutputWatch, tokio::sync::watch::Receiver<PartialOutput>);
-}
-
-impl Pair for OutputWatch {
-    fn subscribe_pair(self) -> (OutputWatch, tokio::sync::watch::Receiver<PartialOutput>) {
-        let seen = self.subscribe();
-        (self, seen)
-    }
 }

@@ -11,11 +11,11 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
-use thaw_wire::message::{Execute, Exit, Renew, Signal};
+use thaw_wire::message::{Execute, Exit, Process, Renew, Signal};
 use tokio::sync::{mpsc, watch};
 
 use super::super::line::lock;
-use super::super::vm::{Frozen, Run, RunEvent, Shape, Vm, VmFigures, VmSource};
+use super::super::vm::{Channel, Frozen, Input, Run, RunEvent, Shape, Vm, VmFigures, VmSource};
 
 /// What the source is told to do, and what it has done.
 #[derive(Debug, Default)]
@@ -149,6 +149,19 @@ impl Vm for Guest {
         })
     }
 
+    /// Whatever is to run is `cat`, ended by its input's end, a signal or the VM's death.
+    fn open(&self, _: Process) -> BoxFuture<'_, anyhow::Result<Channel>> {
+        let (tell, events) = mpsc::unbounded_channel();
+        let (signals, _) = mpsc::unbounded_channel();
+        Box::pin(async move {
+            anyhow::ensure!(self.died.borrow().is_none(), "the socket is closed");
+            Ok(Channel {
+                output: Box::new(Playing { events, signals }),
+                input: Arc::new(Cat(tell)),
+            })
+        })
+    }
+
     fn set_share(&self, _: u32) {}
 
     fn died(&self) -> BoxFuture<'static, String> {
@@ -215,6 +228,28 @@ async fn play(
         }
     }
     exit(0);
+}
+
+#[derive(Debug)]
+struct Cat(Tell);
+
+impl Input for Cat {
+    fn write(&self, bytes: bytes::Bytes) -> BoxFuture<'_, anyhow::Result<()>> {
+        let sent = self.0.send(RunEvent::Stdout(bytes.to_vec()));
+        Box::pin(async move { Ok(sent?) })
+    }
+
+    fn finish(&self) -> anyhow::Result<()> {
+        Ok(self.0.send(RunEvent::Exit(Exit::default()))?)
+    }
+
+    fn signal(&self, _: Signal) -> anyhow::Result<()> {
+        let exit_code = 137;
+        Ok(self.0.send(RunEvent::Exit(Exit {
+            exit_code,
+            ..Exit::default()
+        }))?)
+    }
 }
 
 #[derive(Debug)]

@@ -123,7 +123,7 @@ async fn the_plan_counts_running_vms_and_a_kill_frees_its_place_at_once() {
     let one = PlanLimits { max_vms: 1 };
     let (first, second) = (sessions.make().await, sessions.make().await);
     let owner = tenant();
-    let run = |id| sessions.execute(&owner, one, id, command("say x"), None);
+    let run = |id| sessions.execute(&owner, one, id, command("say x"), Attached::default());
     run(&first).await.unwrap();
     let full = run(&second).await.unwrap_err();
     assert!(matches!(full, SessionError::PlanFull { limit: 1 }));

@@ -2,7 +2,7 @@
 
 mod chaos;
 mod commands;
-mod fake;
+pub(crate) mod fake;
 mod lives;
 mod pooling;
 
@@ -32,7 +32,7 @@ pub(super) fn spec() -> SessionSpec {
 }
 
 /// No pool: every start of a VM is a session's doing.
-pub(super) fn unpooled() -> SessionConfig {
+pub(crate) fn unpooled() -> SessionConfig {
     let mut config = SessionConfig::default();
     config.pool.low = 0;
     config.pool.high = 0;
@@ -57,6 +57,8 @@ pub(super) async fn start(config: SessionConfig) -> (Sessions, Arc<Source>) {
 
 pub(super) fn command(code: &str) -> Command {
     Command {
+        context: None,
+        live: false,
         language: Language::Python,
         code: code.into(),
         timeout: Duration::from_secs(60),
@@ -74,7 +76,18 @@ impl Sessions {
         id: &SessionId,
         command: Command,
     ) -> Result<Outcome, SessionError> {
-        self.execute(&tenant(), PLAN, id, command, None).await
+        self.execute(&tenant(), PLAN, id, command, Attached::default())
+            .await
+    }
+
+    pub(crate) async fn say_as(
+        &self,
+        tenant: &TenantId,
+        id: &SessionId,
+        code: &str,
+    ) -> Result<Outcome, SessionError> {
+        self.execute(tenant, PLAN, id, command(code), Attached::default())
+            .await
     }
 
     pub(super) async fn say(&self, id: &SessionId, code: &str) -> Outcome {
@@ -89,7 +102,11 @@ impl Sessions {
     ) -> tokio::task::JoinHandle<Result<Outcome, SessionError>> {
         let accepted = self.accept(&tenant(), id).unwrap();
         let sessions = self.clone();
-        tokio::spawn(async move { sessions.run(accepted, PLAN, command, None).await })
+        tokio::spawn(async move {
+            sessions
+                .run(accepted, PLAN, command, Attached::default())
+                .await
+        })
     }
 }
 

@@ -107,6 +107,7 @@ fn open(stream: u32, timeout_ms: u64) -> Frame {
         timeout_ms,
         env: Default::default(),
         context: None,
+        live: false,
     };
     Frame::json(stream, Kind::Open, &Open::Execute(execute)).unwrap()
 }

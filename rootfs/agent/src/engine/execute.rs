@@ -24,14 +24,13 @@ const NOT_FOUND: i32 = 127;
 
 impl<L: Link> Engine<L> {
     pub(super) fn on_open(&mut self, id: u32, payload: &[u8]) -> Result<(), LinkError> {
-        if self.streams.contains_key(&id) || self.streams.len() >= MAX_STREAMS {
+        let is_open = self.streams.contains_key(&id) || self.processes.contains_key(&id);
+        if is_open || self.streams.len() >= MAX_STREAMS {
             return self.refuse(id, CANNOT_RUN, "the stream cannot be opened".into());
         }
         let mut execute = match serde_json::from_slice(payload) {
             Ok(Open::Execute(execute)) => execute,
-            Ok(Open::Process(_)) => {
-                return self.refuse(id, CANNOT_RUN, "this agent starts no processes".into());
-            }
+            Ok(Open::Process(order)) => return self.on_process(id, &order),
             Err(error) => {
                 return self.refuse(
                     id,
@@ -116,7 +115,12 @@ impl<L: Link> Engine<L> {
         }
     }
 
-    fn refuse(&mut self, id: u32, exit_code: i32, note: String) -> Result<(), LinkError> {
+    pub(super) fn refuse(
+        &mut self,
+        id: u32,
+        exit_code: i32,
+        note: String,
+    ) -> Result<(), LinkError> {
         let exit = Exit {
             exit_code,
             note: Some(note),

@@ -3,6 +3,7 @@
 mod execute;
 mod orders;
 mod output;
+mod process;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::convert::Infallible;
@@ -91,6 +92,8 @@ pub struct Engine<L> {
     ground: Ground,
     slots: [Slot; LANGUAGES.len()],
     streams: BTreeMap<u32, Stream>,
+    /// Processes beside the commands, by stream.
+    processes: BTreeMap<u32, process::Entry>,
     outbox: VecDeque<Frame>,
     env: BTreeMap<String, String>,
     pending: Pending,
@@ -123,6 +126,7 @@ impl<L: Link> Engine<L> {
             ground,
             slots: Default::default(),
             streams: BTreeMap::new(),
+            processes: BTreeMap::new(),
             outbox: VecDeque::new(),
             env: BTreeMap::new(),
             pending: Pending::default(),
@@ -151,6 +155,7 @@ impl<L: Link> Engine<L> {
 
     fn start_over(&mut self) -> Result<(), LinkError> {
         self.streams.clear();
+        self.abandon_processes();
         self.outbox.clear();
         self.pending = Pending::default();
         for slot in &mut self.slots {
@@ -191,6 +196,7 @@ impl<L: Link> Engine<L> {
             match event.data() {
                 LINK => self.on_link()?,
                 CHILDREN => self.on_children()?,
+                token if token >= process::TOKENS => self.on_process_event(token)?,
                 token => {
                     let language = LANGUAGES[(token / 4) as usize % LANGUAGES.len()];
                     self.on_interpreter(language, Part::ALL[(token % 4) as usize])?;
@@ -202,6 +208,7 @@ impl<L: Link> Engine<L> {
             self.finish_output(language)?;
         }
         self.send_outbox()?;
+        self.tend_processes()?;
         self.link.flush()?;
         // What takes time and nobody waits for comes last.
         for language in LANGUAGES {
@@ -218,7 +225,11 @@ impl<L: Link> Engine<L> {
             .iter()
             .filter_map(|slot| slot.command.as_ref()?.next_due());
         let retry = (!self.outbox.is_empty()).then(|| now + RETRY);
-        let next = commands.chain(self.pending.deadline()).chain(retry).min();
+        let next = commands
+            .chain(self.pending.deadline())
+            .chain(self.processes_due())
+            .chain(retry)
+            .min();
         let Some(next) = next else {
             return EpollTimeout::NONE;
         };
@@ -235,7 +246,10 @@ impl<L: Link> Engine<L> {
         Ok(())
     }
 
-    fn on_frame(&mut self, frame: Frame) -> Result<(), LinkError> {
+    fn on_frame(&mut self, mut frame: Frame) -> Result<(), LinkError> {
+        if self.on_process_frame(&mut frame) {
+            return Ok(());
+        }
         match frame.kind {
             Kind::Order if frame.stream == CONTROL => self.on_order(&frame.payload),
             Kind::Open => self.on_open(frame.stream, &frame.payload),
@@ -278,6 +292,8 @@ impl<L: Link> Engine<L> {
             };
             if let Some(at) = self.slots.iter().position(|slot| is_it(&slot)) {
                 self.on_death(LANGUAGES[at], code)?;
+            } else {
+                self.on_process_death(pid, code);
             }
         }
     }

@@ -91,6 +91,7 @@ pub fn start(
         descriptors: Vec::new(),
         cgroup,
         drop_doorbell: place.holds_doorbell,
+        takes_terminal: false,
     };
     let mut command = Command::new(&program);
     command

@@ -14,6 +14,8 @@ pub struct Setup {
     pub cgroup: Option<OwnedFd>,
     /// Whether the doorbell port's permission must be dropped.
     pub drop_doorbell: bool,
+    /// Whether its standard input is a terminal, which becomes its session's.
+    pub takes_terminal: bool,
 }
 
 /// Starts `command` as the leader of its own session and process group.
@@ -28,6 +30,7 @@ pub fn spawn(mut command: Command, setup: Setup) -> io::Result<Child> {
         .collect();
     let cgroup = setup.cgroup.as_ref().map(AsRawFd::as_raw_fd);
     let drop_doorbell = setup.drop_doorbell;
+    let takes_terminal = setup.takes_terminal;
     let prepare = move || {
         // SAFETY: between fork and exec in a single-threaded process; every call below is
         // async-signal-safe, allocates nothing, and works on descriptors that `setup`, alive in
@@ -36,10 +39,20 @@ pub fn spawn(mut command: Command, setup: Setup) -> io::Result<Child> {
             if libc::setsid() < 0 {
                 return Err(io::Error::last_os_error());
             }
+            // After setsid: only a session leader without a terminal can take one.
+            if takes_terminal && libc::ioctl(0, libc::TIOCSCTTY, 0) < 0 {
+                return Err(io::Error::last_os_error());
+            }
             let mut none: libc::sigset_t = std::mem::zeroed();
             libc::sigemptyset(&raw mut none);
             libc::sigprocmask(libc::SIG_SETMASK, &raw const none, std::ptr::null_mut());
-            for signal in [libc::SIGINT, libc::SIGPIPE, libc::SIGTERM, libc::SIGQUIT] {
+            for signal in [
+                libc::SIGINT,
+                libc::SIGPIPE,
+                libc::SIGTERM,
+                libc::SIGQUIT,
+                libc::SIGHUP,
+            ] {
                 libc::signal(signal, libc::SIG_DFL);
             }
             if let Some(cgroup) = cgroup

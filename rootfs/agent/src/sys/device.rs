@@ -78,6 +78,22 @@ pub fn waiting_bytes(pipe: BorrowedFd<'_>) -> io::Result<usize> {
     check(result.into()).map(|_| usize::try_from(count).unwrap_or(0))
 }
 
+/// Gives a terminal another size.
+///
+/// # Errors
+/// It is no terminal.
+pub fn set_window_size(terminal: BorrowedFd<'_>, size: &nix::pty::Winsize) -> io::Result<()> {
+    // SAFETY: TIOCSWINSZ reads one winsize from the pointer, which outlives the call.
+    let result = unsafe {
+        libc::ioctl(
+            terminal.as_raw_fd(),
+            libc::TIOCSWINSZ,
+            std::ptr::from_ref(size),
+        )
+    };
+    check(result.into()).map(drop)
+}
+
 /// Loads a kernel module.
 ///
 /// # Errors

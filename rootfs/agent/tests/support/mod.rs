@@ -131,6 +131,7 @@ impl Host {
             timeout_ms,
             env,
             context: None,
+            live: false,
         };
         if code.len() > 32 * 1024 {
             execute.code = None;

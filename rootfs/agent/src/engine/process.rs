@@ -1,0 +1,223 @@
+//! Processes beside the commands: from the frame that opens a stream to the one that ends it.
+
+use std::io;
+use std::time::Instant;
+
+use nix::sys::epoll::{EpollEvent, EpollFlags};
+use nix::sys::signal::Signal as Unix;
+use nix::unistd::Pid;
+use thaw_wire::frame::{Frame, Kind, MAX_PAYLOAD};
+use thaw_wire::message::{Process as Order, Signal};
+
+use super::Engine;
+use crate::link::{Link, LinkError};
+use crate::process::{Part, Process};
+
+/// Most processes at once; the host allows as many in one VM.
+const MOST: usize = 32;
+
+/// Epoll tokens of processes: this, plus four times the stream's number, plus the part.
+pub(super) const TOKENS: u64 = 1 << 32;
+
+/// Exit codes that the agent itself gives, as shells do.
+const CANNOT_RUN: i32 = 126;
+const NOT_FOUND: i32 = 127;
+
+/// A process and what epoll was told about its parts.
+#[derive(Debug)]
+pub(super) struct Entry {
+    process: Process,
+    watched: [Option<EpollFlags>; Part::ALL.len()],
+}
+
+fn token(stream: u32, part: usize) -> u64 {
+    TOKENS + u64::from(stream) * 4 + part as u64
+}
+
+impl<L: Link> Engine<L> {
+    pub(super) fn on_process(&mut self, id: u32, order: &Order) -> Result<(), LinkError> {
+        if self.processes.len() >= MOST {
+            let note = format!("{MOST} terminals and file transfers run at once already");
+            return self.refuse(id, CANNOT_RUN, note);
+        }
+        match Process::start(order, &self.ground.place, &self.env) {
+            Ok(process) => {
+                let entry = Entry {
+                    process,
+                    watched: Default::default(),
+                };
+                self.processes.insert(id, entry);
+                Ok(())
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                self.refuse(id, NOT_FOUND, format!("it cannot be started: {error}"))
+            }
+            Err(error) => self.refuse(id, CANNOT_RUN, format!("it cannot be started: {error}")),
+        }
+    }
+
+    /// Input, credit or a signal for a process; false when the stream is none's.
+    pub(super) fn on_process_frame(&mut self, frame: &mut Frame) -> bool {
+        let Some(Entry { process, .. }) = self.processes.get_mut(&frame.stream) else {
+            return false;
+        };
+        match frame.kind {
+            Kind::Stdin => {
+                process.take_input(std::mem::take(&mut frame.payload));
+                process.write_on();
+            }
+            Kind::Credit => {
+                if let Ok(bytes) = frame.payload.as_slice().try_into() {
+                    process.credit = process.credit.saturating_add(u32::from_le_bytes(bytes));
+                }
+            }
+            Kind::Signal => match serde_json::from_slice(&frame.payload) {
+                Ok(Signal::Interrupt) => process.signal(Unix::SIGINT),
+                Ok(Signal::Kill) => process.signal(Unix::SIGKILL),
+                Ok(Signal::Hangup) => process.hang_up(),
+                Ok(Signal::Resize(size)) => process.resize(size),
+                // What a later version of the host may say.
+                Err(_) => {}
+            },
+            _ => {}
+        }
+        true
+    }
+
+    /// Something of a process is readable or writable.
+    pub(super) fn on_process_event(&mut self, token: u64) -> Result<(), LinkError> {
+        let number = token - TOKENS;
+        let (Ok(stream), part) = (u32::try_from(number / 4), (number % 4) as usize) else {
+            return Ok(());
+        };
+        match Part::ALL.get(part) {
+            Some(Part::Stdin) => {
+                if let Some(entry) = self.processes.get_mut(&stream) {
+                    entry.process.write_on();
+                }
+                Ok(())
+            }
+            Some(part) => self.forward_process(stream, *part),
+            None => Ok(()),
+        }
+    }
+
+    /// Sends output on as far as credit and the ring go.
+    fn forward_process(&mut self, stream: u32, part: Part) -> Result<(), LinkError> {
+        loop {
+            if !self.outbox.is_empty() {
+                return Ok(());
+            }
+            let Some(Entry { process, .. }) = self.processes.get_mut(&stream) else {
+                return Ok(());
+            };
+            let limit = MAX_PAYLOAD.min(process.credit as usize);
+            let count = match limit {
+                0 => 0,
+                _ => process.read(part, &mut self.scratch[..limit]),
+            };
+            if count == 0 {
+                return Ok(());
+            }
+            process.credit -= count as u32;
+            let kind = match part {
+                Part::Stderr => Kind::Stderr,
+                Part::Stdout | Part::Stdin => Kind::Stdout,
+            };
+            let bytes = self.scratch[..count].to_vec();
+            self.emit(Frame::new(stream, kind, bytes))?;
+        }
+    }
+
+    /// A process ended, if it was one of these.
+    pub(super) fn on_process_death(&mut self, pid: Pid, status: i32) {
+        let entry = self
+            .processes
+            .values_mut()
+            .find(|entry| entry.process.pid == pid);
+        if let Some(entry) = entry {
+            entry.process.ended(status);
+        }
+    }
+
+    /// When the processes must be looked at next.
+    pub(super) fn processes_due(&self) -> Option<Instant> {
+        let all = self.processes.values();
+        all.filter_map(|entry| entry.process.next_due()).min()
+    }
+
+    /// What is to be done for processes at the end of a turn; nothing costs anything without any.
+    pub(super) fn tend_processes(&mut self) -> Result<(), LinkError> {
+        if self.processes.is_empty() {
+            return Ok(());
+        }
+        let now = Instant::now();
+        let streams: Vec<u32> = self.processes.keys().copied().collect();
+        for stream in streams {
+            let Some(Entry { process, .. }) = self.processes.get_mut(&stream) else {
+                continue;
+            };
+            process.on_time(now);
+            process.write_on();
+            if let Some(grant) = process.grant() {
+                self.emit(Frame::credit(stream, grant))?;
+            }
+            for part in [Part::Stdout, Part::Stderr] {
+                self.forward_process(stream, part)?;
+            }
+            self.watch_process(stream)?;
+            let exit = self
+                .processes
+                .get(&stream)
+                .and_then(|entry| entry.process.exit());
+            if let Some(exit) = exit {
+                self.processes.remove(&stream);
+                self.emit_json(stream, Kind::Exit, &exit)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The host that knew the processes is no more: their terminals are hung up.
+    pub(super) fn abandon_processes(&mut self) {
+        for entry in self.processes.values_mut() {
+            entry.process.hang_up();
+        }
+        // Closing their descriptors does the rest.
+        self.processes.clear();
+    }
+
+    fn watch_process(&mut self, stream: u32) -> Result<(), LinkError> {
+        // While the ring is full nothing is read, and readable output would wake us for nothing.
+        let may_read = self.outbox.is_empty();
+        let Some(Entry { process, watched }) = self.processes.get_mut(&stream) else {
+            return Ok(());
+        };
+        for (number, part) in Part::ALL.into_iter().enumerate() {
+            let interest = process.interest(part);
+            let wanted = interest.and_then(|(_, writes)| match writes {
+                true => Some(EpollFlags::EPOLLOUT),
+                false => may_read.then_some(EpollFlags::EPOLLIN),
+            });
+            let before = watched[number];
+            // A descriptor that was closed has left epoll by itself.
+            let Some(fd) = process.fd(part) else {
+                watched[number] = None;
+                continue;
+            };
+            if before == wanted {
+                continue;
+            }
+            let mut event =
+                EpollEvent::new(wanted.unwrap_or(EpollFlags::empty()), token(stream, number));
+            let change = match (before, wanted) {
+                (None, _) => self.epoll.add(fd, event),
+                (_, None) => self.epoll.delete(fd),
+                (_, Some(_)) => self.epoll.modify(fd, &mut event),
+            };
+            change.map_err(io::Error::from)?;
+            watched[number] = wanted;
+        }
+        Ok(())
+    }
+}

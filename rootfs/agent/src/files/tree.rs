@@ -1,0 +1,104 @@
+//! What directories hold, and changes to them.
+
+use std::fs;
+use std::io::{self, BufWriter, Write};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use thaw_wire::message::{FileInfo, FileKind};
+
+use super::{About, Failure};
+
+/// What can be told about a file; a link is not followed.
+fn info(path: &Path) -> io::Result<FileInfo> {
+    let found = fs::symlink_metadata(path)?;
+    let kind = found.file_type();
+    let target = kind.is_symlink().then(|| fs::read_link(path));
+    Ok(FileInfo {
+        path: path.to_string_lossy().into_owned(),
+        kind: match () {
+            () if kind.is_file() => FileKind::File,
+            () if kind.is_dir() => FileKind::Directory,
+            () if kind.is_symlink() => FileKind::Symlink,
+            () => FileKind::Other,
+        },
+        size: found.size(),
+        mode: found.mode() & 0o7777,
+        uid: found.uid(),
+        gid: found.gid(),
+        modified: found.mtime() as f64 + found.mtime_nsec() as f64 / 1e9,
+        target: target
+            .and_then(Result::ok)
+            .map(|target| target.to_string_lossy().into_owned()),
+    })
+}
+
+fn say(out: &mut impl Write, info: &FileInfo) -> io::Result<()> {
+    serde_json::to_writer(&mut *out, info)?;
+    out.write_all(b"\n")
+}
+
+pub(super) fn stat(path: &str) -> Result<(), Failure> {
+    let found = info(Path::new(path)).about(path)?;
+    say(&mut io::stdout().lock(), &found).about(path)
+}
+
+/// Lists in the order of paths, going down where a path's turn comes, so that a limit cuts the same
+/// list short and never sorts what nobody will see.
+pub(super) fn list(path: &str, recursive: bool, limit: u64) -> Result<(), Failure> {
+    let mut out = BufWriter::new(io::stdout().lock());
+    let mut left = limit;
+    // Directories that are being listed: their entries that are still to come, last first.
+    let mut open: Vec<Vec<PathBuf>> = vec![entries(Path::new(path)).about(path)?];
+    while let Some(level) = open.last_mut() {
+        let Some(next) = level.pop() else {
+            open.pop();
+            continue;
+        };
+        if left == 0 {
+            break;
+        }
+        // What was removed since is not there.
+        let Ok(found) = info(&next) else { continue };
+        left -= 1;
+        say(&mut out, &found).about(path)?;
+        if recursive && found.kind == FileKind::Directory {
+            // A directory that may not be read is listed, only not its insides.
+            open.push(entries(&next).unwrap_or_default());
+        }
+    }
+    out.flush().about(path)
+}
+
+/// A directory's entries, last first.
+fn entries(directory: &Path) -> io::Result<Vec<PathBuf>> {
+    let mut all = Vec::new();
+    for entry in fs::read_dir(directory)? {
+        all.push(entry?.path());
+    }
+    all.sort_unstable_by(|a, b| b.cmp(a));
+    Ok(all)
+}
+
+pub(super) fn mkdir(path: &str, parents: bool) -> Result<(), Failure> {
+    if parents {
+        fs::create_dir_all(path).about(path)
+    } else {
+        fs::create_dir(path).about(path)
+    }
+}
+
+pub(super) fn remove(path: &str, recursive: bool) -> Result<(), Failure> {
+    let found = fs::symlink_metadata(path).about(path)?;
+    let is_root = fs::canonicalize(path).is_ok_and(|whole| whole == Path::new("/"));
+    if is_root {
+        return Err(io::Error::from_raw_os_error(libc::EBUSY)).about(path);
+    }
+    match (found.is_dir(), recursive) {
+        (false, _) => fs::remove_file(path),
+        (true, false) => fs::remove_dir(path),
+        // Does not follow links, not even ones put in its way meanwhile.
+        (true, true) => fs::remove_dir_all(path),
+    }
+    .about(path)
+}
