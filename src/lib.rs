@@ -24,5 +24,6 @@ pub mod snapshots;
 pub mod store;
 pub mod task;
 pub mod template;
+pub mod terminal;
 pub mod vms;
 pub mod worker;

@@ -8,7 +8,7 @@ import sys
 import traceback
 import types
 
-from thaw_runner import magics
+from thaw_runner import magics, rich
 
 _HERE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 _AWAIT = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
@@ -50,8 +50,8 @@ class Session:
         sys.displayhook = self._display
         self._files = []
         self._pid = os.getpid()
-        # Called with each echoed value; may return representations by MIME type.
-        self.rich_hook = None
+        self.results = rich.Results()
+        self.names["display"] = self.results.display
 
     # Source --------------------------------------------------------------------------------
 
@@ -160,8 +160,7 @@ class Session:
         names["___"], names["__"], names["_"] = names.get("__"), names.get("_"), value
         self.outs[self.count] = value
         sys.stdout.write(text + "\n")
-        if self.rich_hook is not None:
-            self.rich_hook(value)
+        self.results.add(value, text)
 
     def _show(self):
         """Prints the current exception as Python would, without the runner's own frames."""

@@ -55,6 +55,9 @@ class Runner:
         except UnicodeDecodeError as error:
             source = None
             sys.stderr.write(f"SyntaxError: the command is not UTF-8: {error}\n")
+        live = body.get("live", False)
+        if live:
+            self.outputs.set_live(True)
         code = 1
         if source is not None:
             try:
@@ -68,6 +71,9 @@ class Runner:
         if self.session.is_clone():
             self.outputs.flush()
             os._exit(code)
+        shown = self.session.results.take()
+        if live:
+            self.outputs.set_live(False)
         if restore is not None:
             _restore_environment(restore)
         if sys.stdout is not self.outputs.stdout or sys.stderr is not self.outputs.stderr:
@@ -79,7 +85,7 @@ class Runner:
         cpu += int((after.ru_utime - children.ru_utime + after.ru_stime - children.ru_stime) * 1e6)
         self.commands.send(
             {"op": "done", "id": body.get("id"), "exit": code, "cpu_us": cpu, "out": len(out), "err": len(err)},
-            out + err,
+            out + err + shown,
         )
 
     def _warm(self, body, _blob):

@@ -77,6 +77,10 @@ class Outputs:
         os.register_at_fork(before=self.flush, after_in_child=self._in_child)
         sys.addaudithook(self._audit)
 
+    def set_live(self, live):
+        """Whether each line leaves when it is printed: somebody watches."""
+        self.stdout.reconfigure(line_buffering=live)
+
     def install(self):
         """Makes the streams the interpreter's, undoing what a command replaced for good."""
         sys.stdout = sys.__stdout__ = self.stdout

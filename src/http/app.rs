@@ -25,6 +25,7 @@ use crate::backend::Backend;
 use crate::config::Config;
 use crate::store::Store;
 use crate::task::Tasks;
+use crate::terminal::Terminals;
 use crate::vms::Vms;
 
 /// How long the rest of a refused request is waited for.
@@ -50,6 +51,8 @@ pub struct App {
     pub backend: Arc<dyn Backend>,
     /// The task queue.
     pub tasks: Tasks,
+    /// The sessions' terminals.
+    pub terminals: Terminals,
     /// VMs, snapshots, accounts.
     pub control: Control,
     /// Requests that run, for those who send one again.
@@ -80,6 +83,7 @@ impl App {
             auth,
             backend,
             tasks,
+            terminals: Terminals::default(),
             control,
             retries: Retries::default(),
             metrics,
@@ -274,18 +278,19 @@ impl Call {
         }
     }
 
-    /// Who makes a request, and its body, which may be absent. The key is in the head.
+    /// As [`Self::caller_and_body`], for calls that usually have no body.
     ///
     /// # Errors
-    /// Nobody that may, or too often; the body is not JSON.
-    pub async fn caller_and_maybe_body(&mut self) -> Result<(Caller, Body), ApiError> {
-        match self.caller() {
-            Ok(caller) => Ok((caller, Body::parse_optional(&self.bytes().await?)?)),
+    /// As there.
+    pub async fn caller_and_optional_body(&mut self) -> Result<(Caller, Body), ApiError> {
+        let caller = match self.caller() {
+            Ok(caller) => caller,
             Err(error) => {
                 self.discard().await;
-                Err(error)
+                return Err(error);
             }
-        }
+        };
+        Ok((caller, Body::parse_optional(&self.bytes().await?)?))
     }
 
     /// Who has this key or token, counted against the plan.

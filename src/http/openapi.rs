@@ -66,8 +66,15 @@ fn operation(endpoint: &Endpoint) -> Value {
             "content": { media: { "schema": reference(schema) } },
         });
     }
-    if endpoint.access == Access::Key {
-        operation["security"] = json!([{ "APIKeyHeader": [] }, { "OAuth2PasswordBearer": [] }]);
+    let by_head = [
+        json!({ "APIKeyHeader": [] }),
+        json!({ "OAuth2PasswordBearer": [] }),
+    ];
+    match endpoint.access {
+        Access::Open => {}
+        Access::Key => operation["security"] = json!(by_head),
+        // An empty requirement says that none of them may do.
+        Access::KeyOrBody => operation["security"] = json!([by_head[0], by_head[1], {}]),
     }
     let parameters = parameters(endpoint);
     if !parameters.is_empty() {
@@ -88,7 +95,7 @@ fn responses(endpoint: &Endpoint) -> Map<String, Value> {
     };
     responses.extend(good.map(|good| ("200".to_owned(), good)));
     let mut statuses = endpoint.refuses.to_vec();
-    if endpoint.access == Access::Key {
+    if endpoint.access != Access::Open {
         statuses.extend([401, 429]);
     }
     if endpoint.takes != Takes::Nothing {
@@ -119,6 +126,7 @@ fn meaning(status: u16) -> &'static str {
         409 => "Not in this state",
         413 => "The body is too large",
         422 => "Validation Error",
+        426 => "Not a WebSocket client",
         429 => "Over the plan's or the host's limits; see Retry-After",
         501 => "This image or server cannot",
         503 => "The server is shutting down, or no VM can be started",

@@ -185,7 +185,8 @@ impl Connection {
             }
         });
         let io = TokioIo::new(Watched::new(stream, pulse.clone()));
-        let mut connection = std::pin::pin!(self.builder.serve_connection(io, service));
+        let mut connection =
+            std::pin::pin!(self.builder.serve_connection_with_upgrades(io, service));
         let mut stop = self.stop.clone();
         let mut stopping = false;
         let mut tick = tokio::time::interval(WATCH_EVERY);

@@ -8,6 +8,7 @@ use prometheus_client::registry::Registry;
 use thaw_vmm::machine::MachineKind;
 
 use super::*;
+use crate::session::PlanLimits;
 use crate::config::{AuditConfig, SnapshotConfig};
 use crate::session::NoRows;
 use crate::session::tests::fake::Source;
@@ -95,7 +96,7 @@ async fn a_suspended_vm_is_resumed_under_a_new_id_and_found_by_all_of_them() {
         .resume(&tenant(), PLAN, &first.vm_id, true)
         .await
         .unwrap();
-    assert_eq!(second.aliases, [first.vm_id.clone()]);
+    assert_eq!(second.aliases, std::slice::from_ref(&first.vm_id));
     vms.suspend(&tenant(), &first.vm_id).await.unwrap();
     let third = vms
         .resume(&tenant(), PLAN, &second.vm_id, true)

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use thaw_wire::message::Exit;
+use thaw_wire::message::{Execute, Exit};
 
 use crate::interpreter::OUTPUTS;
 
@@ -26,6 +26,11 @@ const ASK_AGAIN_AFTER: Duration = Duration::from_millis(300);
 /// When output that a slow command has buffered is first asked for, and how often at most later.
 const FIRST_TICK: Duration = Duration::from_millis(50);
 const LAST_TICK: Duration = Duration::from_millis(200);
+
+/// The same for a command that somebody watches: lines come by themselves, these are for what is printed
+/// without a line's end.
+const LIVE_FIRST_TICK: Duration = Duration::from_millis(10);
+const LIVE_LAST_TICK: Duration = Duration::from_millis(50);
 
 /// Longest time that a command can be given: the API's limit is ten minutes, this is for
 /// arithmetic that cannot overflow.
@@ -74,6 +79,7 @@ pub struct Command {
     interrupted_at: Instant,
     next_tick: Instant,
     tick: Duration,
+    last_tick: Duration,
     stage: Stage,
     timed_out: bool,
 }
@@ -87,21 +93,29 @@ pub struct Ending {
     pub remaining: [usize; OUTPUTS],
     /// Bytes that come after those.
     pub tails: [Vec<u8>; OUTPUTS],
+    /// Rich results, which come after all output.
+    pub rich: Vec<u8>,
 }
 
 impl Command {
     /// A command that starts now.
-    pub fn start(stream: u32, timeout_ms: u64, cpu_before: u64) -> Self {
+    pub fn start(stream: u32, order: &Execute, cpu_before: u64) -> Self {
         let now = Instant::now();
+        let (first_tick, last_tick) = if order.live {
+            (LIVE_FIRST_TICK, LIVE_LAST_TICK)
+        } else {
+            (FIRST_TICK, LAST_TICK)
+        };
         Self {
             stream: Some(stream),
             ending: None,
             cpu_before,
             started: now,
-            deadline: now + Duration::from_millis(timeout_ms).min(LONGEST),
+            deadline: now + Duration::from_millis(order.timeout_ms).min(LONGEST),
             interrupted_at: now,
-            next_tick: now + FIRST_TICK,
-            tick: FIRST_TICK,
+            next_tick: now + first_tick,
+            tick: first_tick,
+            last_tick,
             stage: Stage::Running,
             timed_out: false,
         }
@@ -135,7 +149,7 @@ impl Command {
                 Act::Interrupt
             }
             Stage::Running => {
-                self.tick = (self.tick * 2).min(LAST_TICK);
+                self.tick = (self.tick * 2).min(self.last_tick);
                 self.next_tick = now + self.tick;
                 Act::Tick
             }
@@ -201,9 +215,29 @@ impl Command {
 mod tests {
     use super::*;
 
+    fn start(timeout_ms: u64, live: bool) -> Command {
+        let order = Execute {
+            language: Default::default(),
+            code_len: 0,
+            code: None,
+            timeout_ms,
+            env: Default::default(),
+            context: None,
+            live,
+        };
+        Command::start(1, &order, 0)
+    }
+
+    #[test]
+    fn what_is_watched_is_asked_for_its_output_sooner() {
+        let due = |command: &Command| command.next_due().map(|due| due - command.started);
+        assert_eq!(due(&start(1000, false)), Some(FIRST_TICK));
+        assert_eq!(due(&start(1000, true)), Some(LIVE_FIRST_TICK));
+    }
+
     #[test]
     fn a_command_that_overruns_is_interrupted_then_killed() {
-        let mut command = Command::start(1, 100, 0);
+        let mut command = start(100, false);
         let start = command.started;
         let at = |ms| start + Duration::from_millis(ms);
         assert_eq!(command.due(at(10)), None);
@@ -221,6 +255,6 @@ mod tests {
 
     #[test]
     fn the_longest_timeout_does_not_overflow() {
-        assert!(Command::start(1, u64::MAX, 0).next_due().is_some());
+        assert!(start(u64::MAX, false).next_due().is_some());
     }
 }

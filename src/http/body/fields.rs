@@ -51,6 +51,14 @@ impl<'a> Fields<'a> {
         }
     }
 
+    /// Notes that a field must be there, if it is not.
+    pub fn must_be_given(&mut self, name: &str) {
+        if !self.object.contains_key(name) {
+            let input = self.input();
+            self.fault(&[name], "missing", "Field required", input, None);
+        }
+    }
+
     /// Whether a field is there and not null.
     pub fn given(&self, name: &str) -> bool {
         self.object.get(name).is_some_and(|value| !value.is_null())
@@ -185,6 +193,16 @@ impl<'a> Fields<'a> {
     /// `bool = default`.
     pub fn flag(&mut self, name: &str, default: bool) -> bool {
         self.optional_flag(name).unwrap_or(default)
+    }
+
+    /// `Optional[StrictBool] = None`: true or false and nothing that is like it.
+    pub fn optional_truth(&mut self, name: &str) -> Option<bool> {
+        let given = self.object.get(name).filter(|value| !value.is_null())?;
+        if given.as_bool().is_none() {
+            let msg = "Input should be a valid boolean";
+            self.fault(&[name], "bool_type", msg, echo(given), None);
+        }
+        given.as_bool()
     }
 
     /// `Optional[bool] = None`, with the words that pydantic takes for a truth.

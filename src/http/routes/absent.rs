@@ -172,7 +172,7 @@ async fn templates(_call: Call) -> Result<Reply, ApiError> {
 }
 
 async fn refuse(mut call: Call) -> Result<Reply, ApiError> {
-    call.caller_and_maybe_body().await?;
+    call.caller_and_optional_body().await?;
     let why = why(call.parts.uri.path()).unwrap_or("this server has no volumes yet");
     Err(ApiError::not_found(why))
 }

@@ -141,7 +141,7 @@ async fn list(call: Call) -> Result<Reply, ApiError> {
 }
 
 async fn create(mut call: Call) -> Result<Reply, ApiError> {
-    let (caller, body) = call.caller_and_maybe_body().await?;
+    let (caller, body) = call.caller_and_optional_body().await?;
     let name = body.fields(|fields| super::name_field(fields, "name"))?;
     let secret = key::mint();
     let name = name.unwrap_or_else(|| "key".to_owned());
@@ -182,10 +182,10 @@ async fn get(call: Call) -> Result<Reply, ApiError> {
 }
 
 async fn update(mut call: Call) -> Result<Reply, ApiError> {
-    let (caller, body) = call.caller_and_maybe_body().await?;
+    let (caller, body) = call.caller_and_optional_body().await?;
     let (name, active) = body.fields(|fields| {
         let name = super::name_field(fields, "name");
-        (name, fields.optional_flag("is_active"))
+        (name, fields.optional_truth("is_active"))
     })?;
     let mut row = find(&call, &caller).await?;
     if let Some(name) = name {

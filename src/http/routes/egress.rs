@@ -43,7 +43,7 @@ pub(super) const GROUP: Group = Group {
             summary: "Store a session's egress policy",
             access: Access::Key,
             query: &[],
-            takes: Takes::OptionalJson("EgressPolicy"),
+            takes: Takes::OptionalJson("EgressRequest"),
             gives: "EgressStored",
             refuses: &[404],
             handler: |call| Box::pin(set_session(call)),
@@ -67,7 +67,7 @@ pub(super) const GROUP: Group = Group {
             summary: "Store a VM's egress policy",
             access: Access::Key,
             query: &[],
-            takes: Takes::OptionalJson("EgressPolicy"),
+            takes: Takes::OptionalJson("EgressRequest"),
             gives: "EgressStored",
             refuses: &[404],
             handler: |call| Box::pin(set_vm(call)),
@@ -76,18 +76,23 @@ pub(super) const GROUP: Group = Group {
     schemas: || {
         let list =
             || or_null(json!({ "type": "array", "items": text(), "maxItems": MOST_ENTRIES }));
+        let wanted = json!({
+            "allow_public_repos": nullable("boolean"), "allow_package_managers": nullable("boolean"),
+            "allow_http": nullable("boolean"), "allow_https": nullable("boolean"),
+            "allowed_domains": list(), "allowed_cidrs": list(),
+        });
+        let told = json!({
+            "allow_public_repos": truth(), "allow_package_managers": truth(),
+            "allow_http": truth(), "allow_https": truth(),
+            "allowed_domains": { "type": "array", "items": text() },
+            "allowed_cidrs": { "type": "array", "items": text() },
+            "enforced": { "type": "boolean", "description": "Whether guests are held to it" },
+        });
         vec![
+            ("EgressRequest", object(&[], wanted)),
             (
                 "EgressPolicy",
-                object(
-                    &[],
-                    json!({
-                        "allow_public_repos": nullable("boolean"), "allow_package_managers": nullable("boolean"),
-                        "allow_http": nullable("boolean"), "allow_https": nullable("boolean"),
-                        "allowed_domains": list(), "allowed_cidrs": list(),
-                        "enforced": { "type": "boolean", "description": "Whether guests can reach anything at all" },
-                    }),
-                ),
+                object(&["allow_http", "allow_https", "enforced"], told),
             ),
             (
                 "EgressStored",
@@ -138,12 +143,12 @@ impl Policy {
     }
 
     fn read(fields: &mut Fields<'_>) -> Self {
-        let named = fields.optional_flag("allow_public_repos");
-        let other = fields.optional_flag("allow_package_managers");
+        let named = fields.optional_truth("allow_public_repos");
+        let other = fields.optional_truth("allow_package_managers");
         let policy = Self {
             allow_public_repos: named.or(other).unwrap_or(true),
-            allow_http: fields.flag("allow_http", true),
-            allow_https: fields.flag("allow_https", true),
+            allow_http: fields.optional_truth("allow_http").unwrap_or(true),
+            allow_https: fields.optional_truth("allow_https").unwrap_or(true),
             allowed_domains: fields.strings("allowed_domains"),
             allowed_cidrs: fields.strings("allowed_cidrs"),
         };
@@ -215,7 +220,7 @@ async fn get_session(call: Call) -> Result<Reply, ApiError> {
 }
 
 async fn set_session(mut call: Call) -> Result<Reply, ApiError> {
-    let (caller, body) = call.caller_and_maybe_body().await?;
+    let (caller, body) = call.caller_and_optional_body().await?;
     let id = sessions::session_of(&call, &caller.tenant)?;
     let policy = body.fields(Policy::read)?;
     store(&call, &caller.tenant, &format!("session/{id}"), &policy).await
@@ -243,7 +248,7 @@ async fn get_vm(call: Call) -> Result<Reply, ApiError> {
 }
 
 async fn set_vm(mut call: Call) -> Result<Reply, ApiError> {
-    let (caller, body) = call.caller_and_maybe_body().await?;
+    let (caller, body) = call.caller_and_optional_body().await?;
     let record = vm_of(&call, &caller.tenant)?;
     let policy = body.fields(Policy::read)?;
     store(

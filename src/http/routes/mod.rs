@@ -9,6 +9,7 @@ mod egress;
 mod execute;
 mod executions;
 mod files;
+mod pty;
 mod sandboxes;
 mod sessions;
 mod snapshots;
@@ -52,6 +53,8 @@ pub enum Access {
     Open,
     /// Who has a key or token.
     Key,
+    /// Who has a key or token, in the head or in the body.
+    KeyOrBody,
 }
 
 /// A query parameter.
@@ -117,6 +120,7 @@ pub const GROUPS: &[Group] = &[
     execute::GROUP,
     executions::GROUP,
     files::GROUP,
+    pty::GROUP,
     sessions::GROUP,
     sandboxes::GROUP,
     vms::GROUP,

@@ -23,7 +23,7 @@ pub(super) const GROUP: Group = Group {
             path: "/v1/sessions/session",
             name: "create_session",
             summary: "Make a session; its VM comes with its first command",
-            access: Access::Key,
+            access: Access::KeyOrBody,
             query: &[],
             takes: Takes::Json("SessionRequest"),
             gives: "SessionCreated",
@@ -72,9 +72,9 @@ pub(super) const GROUP: Group = Group {
             (
                 "SessionRequest",
                 object(
-                    &["api_key"],
+                    &[],
                     json!({
-                        "api_key": { "type": "string", "description": "May be absent when a header has a key" },
+                        "api_key": { "type": "string", "description": "Required when no header has a key" },
                         "vm_lifetime_seconds": { "type": "integer", "minimum": 20, "maximum": 86400, "default": 300 },
                         "memory_mb": { "type": "integer", "minimum": 128, "maximum": 8192, "default": 512 },
                         "vcpu_count": { "type": "integer", "enum": [1, 2, 4, 6, 8] },

@@ -144,7 +144,7 @@ async fn list(call: Call) -> Result<Reply, ApiError> {
 }
 
 async fn build(mut call: Call) -> Result<Reply, ApiError> {
-    call.caller_and_maybe_body().await?;
+    call.caller_and_optional_body().await?;
     Err(ApiError::new(
         StatusCode::CONFLICT,
         "this server makes no images from OCI images: its operator builds one with `thaw image build`; \

@@ -138,7 +138,7 @@ fn schemas() -> Vec<(&'static str, Value)> {
 }
 
 async fn clone(mut call: Call) -> Result<Reply, ApiError> {
-    let (caller, body) = call.caller_and_maybe_body().await?;
+    let (caller, body) = call.caller_and_optional_body().await?;
     let name = body.fields(|fields| super::name_field(fields, "snapshot_name"))?;
     let wait = call.query(|fields| fields.flag("wait", true))?;
     let vms = &call.app.control.vms;
@@ -155,7 +155,7 @@ async fn clone(mut call: Call) -> Result<Reply, ApiError> {
 }
 
 async fn snapshot(mut call: Call) -> Result<Reply, ApiError> {
-    let (caller, body) = call.caller_and_maybe_body().await?;
+    let (caller, body) = call.caller_and_optional_body().await?;
     let name = body.fields(|fields| super::name_field(fields, "name"))?;
     let wait = call.query(|fields| fields.flag("wait", true))?;
     let vms = &call.app.control.vms;
@@ -166,14 +166,14 @@ async fn snapshot(mut call: Call) -> Result<Reply, ApiError> {
 }
 
 async fn suspend(mut call: Call) -> Result<Reply, ApiError> {
-    let (caller, _) = call.caller_and_maybe_body().await?;
+    let (caller, _) = call.caller_and_optional_body().await?;
     let vms = &call.app.control.vms;
     let record = vms.suspend(&caller.tenant, call.path("vm_id")).await?;
     Ok(reply::json(StatusCode::OK, &shown(&record)))
 }
 
 async fn resume(mut call: Call) -> Result<Reply, ApiError> {
-    let (caller, _) = call.caller_and_maybe_body().await?;
+    let (caller, _) = call.caller_and_optional_body().await?;
     let wait = call.query(|fields| fields.flag("wait", true))?;
     let vms = &call.app.control.vms;
     let record = vms

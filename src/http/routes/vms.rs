@@ -118,7 +118,7 @@ fn schemas() -> Vec<(&'static str, Value)> {
         "vcpu_count": or_null(json!({ "type": "integer", "enum": [1, 2, 4, 6, 8] })),
         "env": or_null(json!({ "type": "object", "additionalProperties": text() })),
         "snapshot_id": nullable("string"),
-        "egress_policy": or_null(json!({ "$ref": "#/components/schemas/EgressPolicy" })),
+        "egress_policy": or_null(json!({ "$ref": "#/components/schemas/EgressRequest" })),
         "volumes": or_null(json!({ "type": "array", "items": { "type": "object" } })),
     });
     let mut change = json!({ "memory_mb": or_null(memory) });
@@ -198,7 +198,7 @@ struct Asked {
 }
 
 async fn create(mut call: Call) -> Result<Reply, ApiError> {
-    let (caller, body) = call.caller_and_maybe_body().await?;
+    let (caller, body) = call.caller_and_optional_body().await?;
     let body = body.without_nulls();
     let wait = call.query(|fields| fields.flag("wait", true))?;
     let vms = &call.app.control.vms;
@@ -302,10 +302,10 @@ fn volumes(fields: &mut Fields<'_>) -> Vec<String> {
 fn options(fields: &mut Fields<'_>) -> VmChange {
     let name = super::name_field(fields, "snapshot_name");
     VmChange {
-        snapshot_on_terminate: fields.optional_flag("snapshot_on_terminate"),
+        snapshot_on_terminate: fields.optional_truth("snapshot_on_terminate"),
         snapshot_name: name.map(Some),
-        auto_suspend: fields.optional_flag("auto_suspend"),
-        auto_resume: fields.optional_flag("auto_resume"),
+        auto_suspend: fields.optional_truth("auto_suspend"),
+        auto_resume: fields.optional_truth("auto_resume"),
         ..VmChange::default()
     }
 }
@@ -328,7 +328,7 @@ async fn get(call: Call) -> Result<Reply, ApiError> {
 }
 
 async fn update(mut call: Call) -> Result<Reply, ApiError> {
-    let (caller, body) = call.caller_and_maybe_body().await?;
+    let (caller, body) = call.caller_and_optional_body().await?;
     let body: Body = body.without_nulls();
     let (change, vaults) = body.fields(|fields| {
         let mut change = options(fields);

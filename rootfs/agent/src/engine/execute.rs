@@ -6,9 +6,10 @@ use nix::sys::signal::Signal as Unix;
 use thaw_wire::frame::{Frame, Kind};
 use thaw_wire::message::{Execute, Exit, Language, Open, Signal};
 
-use super::{Engine, MAX_STREAMS, Slot, Stream, StreamState};
+use super::slots::{self, Slot};
+use super::{Engine, MAX_STREAMS, Stream, StreamState};
 use crate::command::{Act, Command, Ending};
-use crate::interpreter::{self, Done, Heard, OUTPUTS, Part, index};
+use crate::interpreter::{self, Done, Heard, OUTPUTS, Part};
 use crate::limits;
 use crate::link::{Link, LinkError};
 
@@ -131,18 +132,22 @@ impl<L: Link> Engine<L> {
 
     fn begin(&mut self, id: u32, execute: &Execute, source: &[u8]) -> Result<(), LinkError> {
         let language = execute.language;
+        let at = match slots::find(&mut self.slots, language, execute.context.as_deref()) {
+            Ok(at) => at,
+            Err(why) => return self.refuse(id, CANNOT_RUN, why),
+        };
         // Looking for the program costs system calls, so only where none runs yet.
-        let is_up = self.slots[index(language)].interpreter.is_some();
+        let is_up = self.slots[at].interpreter.is_some();
         if !is_up && !interpreter::available(language, &self.ground.place) {
             return self.refuse(id, NOT_FOUND, format!("this image has no {language:?}"));
         }
-        if self.slots[index(language)].command.is_some() {
-            let note = "another command of this session is still running in this language";
+        if self.slots[at].command.is_some() {
+            let note = "another command of this session is still running there";
             return self.refuse(id, CANNOT_RUN, note.into());
         }
         self.make_room()?;
-        self.replace_dead(language);
-        if let Err(error) = self.ensure(language) {
+        self.replace_dead(at);
+        if let Err(error) = self.ensure(at) {
             return self.refuse(
                 id,
                 CANNOT_RUN,
@@ -150,15 +155,15 @@ impl<L: Link> Engine<L> {
             );
         }
         let cpu_before = if language == Language::Bash {
-            self.processor_us(language)
+            self.processor_us(at)
         } else {
             0
         };
-        let slot = &mut self.slots[index(language)];
-        slot.command = Some(Command::start(id, execute.timeout_ms, cpu_before));
+        let slot = &mut self.slots[at];
+        slot.command = Some(Command::start(id, execute, cpu_before));
         self.streams.insert(id, Stream::new(StreamState::Running));
         let started = match &mut slot.interpreter {
-            Some(interpreter) => interpreter.execute(source, &execute.env),
+            Some(interpreter) => interpreter.execute(source, execute),
             None => Ok(()),
         };
         if let Err(error) = started {
@@ -199,10 +204,11 @@ impl<L: Link> Engine<L> {
     }
 
     /// Makes sure that a language's interpreter exists.
-    pub(super) fn ensure(&mut self, language: Language) -> std::io::Result<()> {
-        let slot = &mut self.slots[index(language)];
+    pub(super) fn ensure(&mut self, at: usize) -> std::io::Result<()> {
+        let slot = &mut self.slots[at];
         if slot.interpreter.is_none() {
-            slot.interpreter = Some(interpreter::start(language, &self.ground.place, &self.env)?);
+            let place = slot.place(&self.ground.place);
+            slot.interpreter = Some(interpreter::start(slot.language, &place, &self.env)?);
             slot.dead = false;
             slot.deaf = false;
             slot.closed = Default::default();
@@ -212,36 +218,32 @@ impl<L: Link> Engine<L> {
     }
 
     /// Processor time so far of whatever a language's commands run.
-    fn processor_us(&self, language: Language) -> u64 {
+    fn processor_us(&self, at: usize) -> u64 {
         let group = self
             .ground
             .limits
             .as_ref()
             .and_then(limits::Limits::processor_us);
-        let interpreter = self.slots[index(language)].interpreter.as_ref();
+        let interpreter = self.slots[at].interpreter.as_ref();
         group
             .or_else(|| interpreter.map(|it| limits::process_us(it.pid)))
             .unwrap_or(0)
     }
 
-    pub(super) fn on_interpreter(
-        &mut self,
-        language: Language,
-        part: Part,
-    ) -> Result<(), LinkError> {
+    pub(super) fn on_interpreter(&mut self, at: usize, part: Part) -> Result<(), LinkError> {
         match part {
-            Part::Stdout => return self.on_output(language, 0),
-            Part::Stderr => return self.on_output(language, 1),
+            Part::Stdout => return self.on_output(at, 0),
+            Part::Stderr => return self.on_output(at, 1),
             Part::Commands | Part::Attend => {}
         }
-        let slot = &mut self.slots[index(language)];
+        let slot = &mut self.slots[at];
         let Some(interpreter) = slot.interpreter.as_mut().filter(|_| !slot.dead) else {
             return Ok(());
         };
         match interpreter.hear(part) {
             Ok(Some(heard)) => {
                 for said in heard {
-                    self.on_heard(language, said)?;
+                    self.on_heard(at, said)?;
                 }
                 Ok(())
             }
@@ -254,42 +256,29 @@ impl<L: Link> Engine<L> {
         }
     }
 
-    fn on_heard(&mut self, language: Language, heard: Heard) -> Result<(), LinkError> {
+    fn on_heard(&mut self, at: usize, heard: Heard) -> Result<(), LinkError> {
         match heard {
             Heard::Done(done) => {
-                self.on_done(language, done);
+                self.on_done(at, done);
                 Ok(())
             }
-            Heard::Rich(data) => {
-                let command = self.slots[index(language)].command.as_ref();
-                match command.and_then(|command| command.stream) {
-                    Some(stream) => {
-                        let data = data.into_iter().map(|(kind, text)| (kind, text.into()));
-                        let rich = thaw_wire::message::RichResult {
-                            data: data.collect(),
-                        };
-                        self.emit_json(stream, Kind::Rich, &[rich])
-                    }
-                    None => Ok(()),
-                }
-            }
             Heard::Ready => {
-                if let Some(interpreter) = &mut self.slots[index(language)].interpreter {
+                if let Some(interpreter) = &mut self.slots[at].interpreter {
                     interpreter.ready = true;
                 }
-                self.on_answer(language, Heard::Ready)
+                self.on_answer(at, Heard::Ready)
             }
-            answer => self.on_answer(language, answer),
+            answer => self.on_answer(at, answer),
         }
     }
 
-    fn on_done(&mut self, language: Language, done: Done) {
-        let remaining = self.waiting(language);
+    fn on_done(&mut self, at: usize, done: Done) {
+        let remaining = self.waiting(at);
         let cpu_after = match done.cpu_us {
-            None => self.processor_us(language),
+            None => self.processor_us(at),
             Some(_) => 0,
         };
-        let slot = &mut self.slots[index(language)];
+        let slot = &mut self.slots[at];
         let Some(command) = &mut slot.command else {
             return;
         };
@@ -309,28 +298,34 @@ impl<L: Link> Engine<L> {
             exit,
             remaining,
             tails: done.tails,
+            rich: done.rich,
         });
     }
 
     /// An interpreter's process ended.
-    pub(super) fn on_death(&mut self, language: Language, code: i32) -> Result<(), LinkError> {
+    pub(super) fn on_death(&mut self, at: usize, code: i32) -> Result<(), LinkError> {
         // What it said last may still be unheard.
         for part in [Part::Commands, Part::Attend] {
-            let slot = &mut self.slots[index(language)];
+            let slot = &mut self.slots[at];
             if let Some(Ok(Some(heard))) = slot
                 .interpreter
                 .as_mut()
                 .map(|interpreter| interpreter.hear(part))
             {
                 for said in heard {
-                    self.on_heard(language, said)?;
+                    self.on_heard(at, said)?;
                 }
             }
         }
-        let remaining = self.waiting(language);
-        let kept_state =
-            language == Language::Bash && self.ground.place.scratch.join("state").is_file();
-        let slot = &mut self.slots[index(language)];
+        let remaining = self.waiting(at);
+        let slot = &self.slots[at];
+        let kept_state = slot.language == Language::Bash
+            && slot
+                .place(&self.ground.place)
+                .scratch
+                .join("state")
+                .is_file();
+        let slot = &mut self.slots[at];
         slot.dead = true;
         match &mut slot.command {
             Some(command) if command.ending.is_none() => {
@@ -347,17 +342,18 @@ impl<L: Link> Engine<L> {
                     exit,
                     remaining,
                     tails: Default::default(),
+                    rich: Vec::new(),
                 });
             }
             Some(_) => slot.lost |= !kept_state,
             None => slot.lost |= !kept_state,
         }
-        self.on_lost(language)
+        self.on_lost(at)
     }
 
     /// Replaces an interpreter that died, once its last command is told of.
-    pub(super) fn replace_dead(&mut self, language: Language) {
-        let slot = &mut self.slots[index(language)];
+    pub(super) fn replace_dead(&mut self, at: usize) {
+        let slot = &mut self.slots[at];
         if !slot.dead || slot.command.is_some() {
             return;
         }
@@ -365,8 +361,9 @@ impl<L: Link> Engine<L> {
         slot.dead = false;
         // One that cannot even start is tried again only when it is wanted.
         let was_ready = died.is_some_and(|interpreter| interpreter.ready);
-        if was_ready && let Err(error) = self.ensure(language) {
-            crate::console::say(&format!("{language:?} cannot be started: {error}"));
+        if was_ready && let Err(error) = self.ensure(at) {
+            let name = self.slots[at].name();
+            crate::console::say(&format!("{name} cannot be started: {error}"));
         }
     }
 

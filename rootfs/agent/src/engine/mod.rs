@@ -4,6 +4,7 @@ mod execute;
 mod orders;
 mod output;
 mod process;
+mod slots;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::convert::Infallible;
@@ -16,14 +17,14 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use thaw_wire::frame::{CONTROL, Frame, INITIAL_CREDIT, Kind, MAX_PAYLOAD};
-use thaw_wire::message::{Execute, Language, Ready, Renew, Report};
+use thaw_wire::message::{Execute, Ready, Renew, Report};
 
-use crate::command::Command;
 use crate::identity::{Proof, RenewError};
-use crate::interpreter::{self, Interpreter, LANGUAGES, OUTPUTS, Part, Place};
+use crate::interpreter::{self, LANGUAGES, OUTPUTS, Part, Place};
 use crate::limits::Limits;
 use crate::link::{Link, LinkError};
 use orders::Pending;
+use slots::Slot;
 
 /// Most streams at once. The host opens one for each language; the rest is room for mistakes.
 const MAX_STREAMS: usize = 64;
@@ -31,9 +32,9 @@ const MAX_STREAMS: usize = 64;
 /// A full ring is looked at again after this long, in case the host's bell got lost.
 const RETRY: Duration = Duration::from_millis(5);
 
-/// Epoll tokens; below these are `language * 4 + part`.
-const LINK: u64 = 100;
-const CHILDREN: u64 = 101;
+/// Epoll tokens; below these are `slot * 4 + part`.
+const LINK: u64 = 1000;
+const CHILDREN: u64 = 1001;
 
 /// What the engine stands on.
 #[derive(Debug)]
@@ -46,23 +47,6 @@ pub struct Ground {
     pub renew: fn(&Renew) -> Result<Proof, RenewError>,
     /// `uname -r`.
     pub kernel: String,
-}
-
-/// One language's interpreter and command.
-#[derive(Debug, Default)]
-struct Slot {
-    interpreter: Option<Interpreter>,
-    command: Option<Command>,
-    /// The interpreter's process is gone; its pipes may still hold output.
-    dead: bool,
-    /// It hung up, which would be reported for ever: its death is waited for without listening.
-    deaf: bool,
-    /// Nobody can write to these pipes any more; the same holds for them.
-    closed: [bool; OUTPUTS],
-    /// State was lost while no command could say so.
-    lost: bool,
-    /// What epoll was told about each part.
-    watched: [Option<EpollFlags>; Part::ALL.len()],
 }
 
 /// One open stream.
@@ -90,7 +74,7 @@ pub struct Engine<L> {
     epoll: Epoll,
     children: SignalFd,
     ground: Ground,
-    slots: [Slot; LANGUAGES.len()],
+    slots: Vec<Slot>,
     streams: BTreeMap<u32, Stream>,
     /// Processes beside the commands, by stream.
     processes: BTreeMap<u32, process::Entry>,
@@ -124,7 +108,7 @@ impl<L: Link> Engine<L> {
             epoll,
             children,
             ground,
-            slots: Default::default(),
+            slots: slots::defaults(),
             streams: BTreeMap::new(),
             processes: BTreeMap::new(),
             outbox: VecDeque::new(),
@@ -198,22 +182,24 @@ impl<L: Link> Engine<L> {
                 CHILDREN => self.on_children()?,
                 token if token >= process::TOKENS => self.on_process_event(token)?,
                 token => {
-                    let language = LANGUAGES[(token / 4) as usize % LANGUAGES.len()];
-                    self.on_interpreter(language, Part::ALL[(token % 4) as usize])?;
+                    let at = (token / 4) as usize;
+                    if at < self.slots.len() {
+                        self.on_interpreter(at, Part::ALL[(token % 4) as usize])?;
+                    }
                 }
             }
         }
         self.on_time()?;
-        for language in LANGUAGES {
-            self.finish_output(language)?;
+        for at in 0..self.slots.len() {
+            self.finish_output(at)?;
         }
         self.send_outbox()?;
         self.tend_processes()?;
         self.link.flush()?;
         // What takes time and nobody waits for comes last.
-        for language in LANGUAGES {
-            self.replace_dead(language);
-            self.watch(language)?;
+        for at in 0..self.slots.len() {
+            self.replace_dead(at);
+            self.watch(at)?;
         }
         Ok(())
     }
@@ -291,7 +277,7 @@ impl<L: Link> Engine<L> {
                 !slot.dead && slot.interpreter.as_ref().is_some_and(|it| it.pid == pid)
             };
             if let Some(at) = self.slots.iter().position(|slot| is_it(&slot)) {
-                self.on_death(LANGUAGES[at], code)?;
+                self.on_death(at, code)?;
             } else {
                 self.on_process_death(pid, code);
             }
@@ -299,9 +285,8 @@ impl<L: Link> Engine<L> {
     }
 
     /// Keeps epoll's interest in step with what can be read now.
-    fn watch(&mut self, language: Language) -> Result<(), LinkError> {
-        let at = interpreter::index(language);
-        let open = self.output_may_flow(language);
+    fn watch(&mut self, at: usize) -> Result<(), LinkError> {
+        let open = self.output_may_flow(at);
         let slot = &mut self.slots[at];
         let Some(interpreter) = &slot.interpreter else {
             return Ok(());

@@ -7,7 +7,7 @@ use thaw_wire::message::{Language, Order, Renew, Report};
 
 use super::Engine;
 use crate::identity;
-use crate::interpreter::{Heard, LANGUAGES, Talk, index};
+use crate::interpreter::{Heard, Talk, index};
 use crate::link::{Link, LinkError};
 
 /// How long interpreters may take to renew themselves; the host gives up later.
@@ -24,7 +24,8 @@ const QUIET_WITHIN: Duration = Duration::from_secs(2);
 struct Wait {
     order: &'static str,
     answer: Report,
-    waiting: [bool; LANGUAGES.len()],
+    /// By slot.
+    waiting: Vec<bool>,
     deadline: Option<Instant>,
 }
 
@@ -75,15 +76,18 @@ impl<L: Link> Engine<L> {
         };
         self.env.extend(order.env.clone());
         let seed = identity::from_hex::<32>(&order.seed).unwrap_or_default();
-        let mut waiting = [false; LANGUAGES.len()];
-        for language in LANGUAGES {
-            let slot = &mut self.slots[index(language)];
+        let mut waiting = vec![false; self.slots.len()];
+        for at in 0..self.slots.len() {
+            let slot = &mut self.slots[at];
             let Some(interpreter) = slot.interpreter.as_mut().filter(|_| !slot.dead) else {
                 continue;
             };
             match interpreter.renew(&seed, &order.env) {
-                Ok(waits) => waiting[index(language)] = waits,
-                Err(error) => return self.fail("renew", format!("{language:?}: {error}")),
+                Ok(waits) => waiting[at] = waits,
+                Err(error) => {
+                    let name = slot.name();
+                    return self.fail("renew", format!("{name}: {error}"));
+                }
             }
         }
         self.pending.renew = Some(Wait {
@@ -100,19 +104,20 @@ impl<L: Link> Engine<L> {
     }
 
     fn on_warm(&mut self, modules: &[String]) -> Result<(), LinkError> {
-        let mut waiting = [false; LANGUAGES.len()];
+        let mut waiting = vec![false; self.slots.len()];
         for language in [Language::Python, Language::Bash] {
             if !crate::interpreter::available(language, &self.ground.place) {
                 continue;
             }
-            if let Err(error) = self.ensure(language) {
+            let at = index(language);
+            if let Err(error) = self.ensure(at) {
                 return self.fail("warm", format!("{language:?} cannot be started: {error}"));
             }
-            let Some(interpreter) = &mut self.slots[index(language)].interpreter else {
+            let Some(interpreter) = &mut self.slots[at].interpreter else {
                 continue;
             };
             match interpreter.warm(modules) {
-                Ok(waits) => waiting[index(language)] = waits || !interpreter.ready,
+                Ok(waits) => waiting[at] = waits || !interpreter.ready,
                 Err(error) => return self.fail("warm", format!("{language:?}: {error}")),
             }
         }
@@ -134,17 +139,20 @@ impl<L: Link> Engine<L> {
     }
 
     fn on_quiesce(&mut self) -> Result<(), LinkError> {
-        let mut waiting = [false; LANGUAGES.len()];
-        for language in LANGUAGES {
-            let slot = &mut self.slots[index(language)];
+        let mut waiting = vec![false; self.slots.len()];
+        for at in 0..self.slots.len() {
+            let slot = &mut self.slots[at];
             // One that runs a command could not answer; it is frozen as it is.
             if slot.dead || slot.command.is_some() {
                 continue;
             }
             if let Some(interpreter) = &mut slot.interpreter {
                 match interpreter.freeze() {
-                    Ok(waits) => waiting[index(language)] = waits,
-                    Err(error) => return self.fail("quiesce", format!("{language:?}: {error}")),
+                    Ok(waits) => waiting[at] = waits,
+                    Err(error) => {
+                        let name = slot.name();
+                        return self.fail("quiesce", format!("{name}: {error}"));
+                    }
                 }
             }
         }
@@ -158,8 +166,7 @@ impl<L: Link> Engine<L> {
     }
 
     /// An interpreter answered an order.
-    pub(super) fn on_answer(&mut self, language: Language, heard: Heard) -> Result<(), LinkError> {
-        let at = index(language);
+    pub(super) fn on_answer(&mut self, at: usize, heard: Heard) -> Result<(), LinkError> {
         let slot = &self.slots[at];
         let is_shell = slot
             .interpreter
@@ -172,13 +179,17 @@ impl<L: Link> Engine<L> {
             Heard::Renewed | Heard::Failed(_) => &mut self.pending.renew,
             _ => return Ok(()),
         };
-        let Some(waited) = wait.as_mut().filter(|wait| wait.waiting[at]) else {
+        let Some(waited) = wait
+            .as_mut()
+            .filter(|wait| wait.waiting.get(at) == Some(&true))
+        else {
             return Ok(());
         };
         match heard {
             Heard::Failed(reason) => {
                 *wait = None;
-                return self.fail("renew", format!("{language:?}: {reason}"));
+                let name = self.slots[at].name();
+                return self.fail("renew", format!("{name}: {reason}"));
             }
             Heard::Warmed(missing) => waited.answer = Report::Warmed { missing },
             _ => {}
@@ -188,15 +199,16 @@ impl<L: Link> Engine<L> {
     }
 
     /// An interpreter died; whoever waits for it waits in vain.
-    pub(super) fn on_lost(&mut self, language: Language) -> Result<(), LinkError> {
+    pub(super) fn on_lost(&mut self, at: usize) -> Result<(), LinkError> {
         let mut failed = Vec::new();
         for wait in self.pending.each() {
-            if let Some(wait) = wait.take_if(|wait| wait.waiting[index(language)]) {
+            if let Some(wait) = wait.take_if(|wait| wait.waiting.get(at) == Some(&true)) {
                 failed.push(wait.order);
             }
         }
         for order in failed {
-            self.fail(order, format!("{language:?} ended"))?;
+            let name = self.slots[at].name();
+            self.fail(order, format!("{name} ended"))?;
         }
         Ok(())
     }

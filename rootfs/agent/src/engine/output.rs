@@ -3,10 +3,9 @@
 use std::os::fd::AsFd;
 
 use thaw_wire::frame::{Frame, Kind, MAX_PAYLOAD};
-use thaw_wire::message::Language;
 
 use super::Engine;
-use crate::interpreter::{OUTPUTS, index};
+use crate::interpreter::OUTPUTS;
 use crate::link::{Link, LinkError};
 
 /// The kind of frame that each output becomes.
@@ -17,8 +16,8 @@ impl<L: Link> Engine<L> {
     ///
     /// Without a command they are: what a background process prints between commands goes
     /// nowhere, but it must not block. At a command's end the pipes are read by count instead.
-    pub(super) fn output_may_flow(&self, language: Language) -> bool {
-        let slot = &self.slots[index(language)];
+    pub(super) fn output_may_flow(&self, at: usize) -> bool {
+        let slot = &self.slots[at];
         if slot.dead {
             return false;
         }
@@ -32,8 +31,8 @@ impl<L: Link> Engine<L> {
     }
 
     /// Reads up to `limit` bytes of an output into the scratch; how many.
-    fn read_output(&mut self, language: Language, output: usize, limit: usize) -> usize {
-        let slot = &mut self.slots[index(language)];
+    fn read_output(&mut self, at: usize, output: usize, limit: usize) -> usize {
+        let slot = &mut self.slots[at];
         let Some(interpreter) = &slot.interpreter else {
             return 0;
         };
@@ -56,24 +55,23 @@ impl<L: Link> Engine<L> {
     }
 
     /// An output is readable.
-    pub(super) fn on_output(&mut self, language: Language, output: usize) -> Result<(), LinkError> {
-        if !self.output_may_flow(language) {
+    pub(super) fn on_output(&mut self, at: usize, output: usize) -> Result<(), LinkError> {
+        if !self.output_may_flow(at) {
             return Ok(());
         }
-        let command = self.slots[index(language)].command.as_ref();
+        let command = self.slots[at].command.as_ref();
         let stream = command.and_then(|command| command.stream);
         let Some(stream) = stream.filter(|stream| self.streams.contains_key(stream)) else {
-            self.read_output(language, output, MAX_PAYLOAD);
+            self.read_output(at, output, MAX_PAYLOAD);
             return Ok(());
         };
-        self.forward(language, stream, output, MAX_PAYLOAD)
-            .map(drop)
+        self.forward(at, stream, output, MAX_PAYLOAD).map(drop)
     }
 
     /// Forwards up to `limit` bytes as far as credit goes; how many, 0 when there are none.
     fn forward(
         &mut self,
-        language: Language,
+        at: usize,
         stream: u32,
         output: usize,
         limit: usize,
@@ -82,7 +80,7 @@ impl<L: Link> Engine<L> {
             .streams
             .get(&stream)
             .map_or(0, |stream| stream.credit as usize);
-        let count = self.read_output(language, output, limit.min(credit));
+        let count = self.read_output(at, output, limit.min(credit));
         if count > 0 {
             let bytes = self.scratch[..count].to_vec();
             self.emit_output(stream, output, bytes)?;
@@ -98,8 +96,8 @@ impl<L: Link> Engine<L> {
     }
 
     /// Bytes in a language's pipes now: what a command that is over has written.
-    pub(super) fn waiting(&self, language: Language) -> [usize; OUTPUTS] {
-        let Some(interpreter) = &self.slots[index(language)].interpreter else {
+    pub(super) fn waiting(&self, at: usize) -> [usize; OUTPUTS] {
+        let Some(interpreter) = &self.slots[at].interpreter else {
             return [0; OUTPUTS];
         };
         let waiting =
@@ -108,8 +106,7 @@ impl<L: Link> Engine<L> {
     }
 
     /// Sends what is left of a command that is over, then its last frame.
-    pub(super) fn finish_output(&mut self, language: Language) -> Result<(), LinkError> {
-        let at = index(language);
+    pub(super) fn finish_output(&mut self, at: usize) -> Result<(), LinkError> {
         let Some(command) = &mut self.slots[at].command else {
             return Ok(());
         };
@@ -125,7 +122,7 @@ impl<L: Link> Engine<L> {
         };
         for output in 0..OUTPUTS {
             while ending.remaining[output] > 0 && self.may_send(stream) {
-                let count = self.forward(language, stream, output, ending.remaining[output])?;
+                let count = self.forward(at, stream, output, ending.remaining[output])?;
                 ending.remaining[output] = if count == 0 {
                     0
                 } else {
@@ -146,7 +143,17 @@ impl<L: Link> Engine<L> {
                 self.emit_output(stream, output, bytes)?;
             }
         }
-        let is_sent = ending.remaining == [0; OUTPUTS] && ending.tails.iter().all(Vec::is_empty);
+        let is_told = ending.remaining == [0; OUTPUTS] && ending.tails.iter().all(Vec::is_empty);
+        while is_told && !ending.rich.is_empty() && self.may_send(stream) {
+            let Some(open) = self.streams.get_mut(&stream) else {
+                break;
+            };
+            let count = ending.rich.len().min(open.credit as usize).min(MAX_PAYLOAD);
+            open.credit -= count as u32;
+            let bytes = ending.rich.drain(..count).collect();
+            self.emit(Frame::new(stream, Kind::Rich, bytes))?;
+        }
+        let is_sent = is_told && ending.rich.is_empty();
         if !is_sent {
             if let Some(command) = &mut self.slots[at].command {
                 command.ending = Some(ending);

@@ -2,6 +2,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
+use std::os::fd::AsFd;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
@@ -35,10 +36,31 @@ pub(super) fn read(path: &str) -> Result<(), Failure> {
     if !kind.is_file() {
         return Err(error(libc::EINVAL)).about(path);
     }
-    // The standard library moves the bytes within the kernel where it can.
-    let mut out = io::stdout().lock();
-    io::copy(&mut &file, &mut out).about(path)?;
-    out.flush().about(path)
+    pour(&file).about(path)
+}
+
+/// Copies a file to standard output in large pieces. Splicing would spare a copy and cost more: the
+/// pipe's reader would then meet each page of the file by itself.
+fn pour(mut file: &File) -> io::Result<()> {
+    let mut bytes = vec![0; PIECE];
+    let out = io::stdout();
+    loop {
+        let count = match file.read(&mut bytes) {
+            Ok(0) => return Ok(()),
+            Ok(count) => count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(error) => return Err(error),
+        };
+        let mut rest = &bytes[..count];
+        // Past the standard library's own buffer, which goes by lines.
+        while !rest.is_empty() {
+            match nix::unistd::write(out.as_fd(), rest) {
+                Ok(count) => rest = &rest[count..],
+                Err(nix::Error::EINTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
 }
 
 /// Standard input becomes the file.

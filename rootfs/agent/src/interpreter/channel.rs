@@ -7,8 +7,9 @@ use std::os::unix::net::UnixStream;
 use serde::Serialize;
 use serde_json::Value;
 
-/// Longest message taken from a helper, which the user's code may impersonate.
-const MAX_MESSAGE: usize = 1 << 20;
+/// Longest message taken from a helper, which the user's code may impersonate: a command's rich results
+/// (8 MiB at most) and the unflushed end of its output.
+const MAX_MESSAGE: usize = 16 << 20;
 
 /// One end of a message socket. Never blocks.
 #[derive(Debug)]

@@ -11,7 +11,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
-use thaw_wire::message::Language;
+use thaw_wire::message::{Execute, Language};
 
 pub use start::{Place, available, start};
 
@@ -50,8 +50,6 @@ pub enum Heard {
     Renewed,
     /// An order failed.
     Failed(String),
-    /// A value in other representations, by MIME type.
-    Rich(BTreeMap<String, String>),
 }
 
 /// The end of a command.
@@ -63,6 +61,8 @@ pub struct Done {
     pub cpu_us: Option<u64>,
     /// Output that did not go through the pipes.
     pub tails: [Vec<u8>; OUTPUTS],
+    /// Rich results: JSON, or nothing.
+    pub rich: Vec<u8>,
 }
 
 /// A running interpreter.
@@ -113,17 +113,19 @@ impl Interpreter {
     ///
     /// # Errors
     /// The interpreter is gone.
-    pub fn execute(&mut self, source: &[u8], env: &BTreeMap<String, String>) -> io::Result<()> {
+    pub fn execute(&mut self, source: &[u8], order: &Execute) -> io::Result<()> {
         match &mut self.talk {
             Talk::Helper { commands, .. } => {
-                let body = if env.is_empty() {
-                    json!({"op": "execute"})
-                } else {
-                    json!({"op": "execute", "env": env})
-                };
+                let mut body = json!({"op": "execute"});
+                if !order.env.is_empty() {
+                    body["env"] = json!(order.env);
+                }
+                if order.live {
+                    body["live"] = true.into();
+                }
                 commands.send(&body, source)
             }
-            Talk::Shell(shell) => shell.execute(source, env),
+            Talk::Shell(shell) => shell.execute(source, &order.env),
         }
     }
 
@@ -250,11 +252,14 @@ fn understand(body: &Value, mut blob: Vec<u8>) -> Option<Heard> {
         "ready" => Heard::Ready,
         "done" => {
             let out = usize::try_from(number("out")).ok()?;
-            let stderr = blob.split_off(out.min(blob.len()));
+            let err = usize::try_from(number("err")).ok()?;
+            let mut stderr = blob.split_off(out.min(blob.len()));
+            let rich = stderr.split_off(err.min(stderr.len()));
             Heard::Done(Done {
                 exit_code: number("exit") as i32,
                 cpu_us: u64::try_from(number("cpu_us")).ok(),
                 tails: [blob, stderr],
+                rich,
             })
         }
         "warmed" => Heard::Warmed(strings("missing")),
@@ -266,7 +271,6 @@ fn understand(body: &Value, mut blob: Vec<u8>) -> Option<Heard> {
                 .unwrap_or("no reason given")
                 .to_owned(),
         ),
-        "rich" => Heard::Rich(strings("data")),
         _ => return None,
     })
 }

@@ -27,6 +27,7 @@ pub struct Host {
 pub struct Outcome {
     pub stdout: Vec<u8>,
     pub stderr: Vec<u8>,
+    pub rich: Vec<u8>,
     pub exit: Exit,
 }
 
@@ -146,12 +147,35 @@ impl Host {
         stream
     }
 
+    /// Starts a command in a context, or one that is watched; its stream.
+    pub fn begin(
+        &mut self,
+        language: Language,
+        code: &str,
+        context: Option<&str>,
+        live: bool,
+    ) -> u32 {
+        let stream = self.next;
+        self.next += 1;
+        let execute = Execute {
+            language,
+            code_len: 0,
+            code: Some(code.into()),
+            timeout_ms: 20_000,
+            env: BTreeMap::new(),
+            context: context.map(str::to_owned),
+            live,
+        };
+        self.send(&Frame::json(stream, Kind::Open, &Open::Execute(execute)).unwrap());
+        stream
+    }
+
     pub fn signal(&mut self, stream: u32, signal: Signal) {
         self.send(&Frame::json(stream, Kind::Signal, &signal).unwrap());
     }
 
     pub fn finish(&mut self, stream: u32) -> Outcome {
-        let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
+        let (mut stdout, mut stderr, mut rich) = (Vec::new(), Vec::new(), Vec::new());
         loop {
             let frame = self.receive();
             if frame.stream != stream {
@@ -160,11 +184,13 @@ impl Host {
             match frame.kind {
                 Kind::Stdout => stdout.extend(&frame.payload),
                 Kind::Stderr => stderr.extend(&frame.payload),
+                Kind::Rich => rich.extend(&frame.payload),
                 Kind::Exit => {
                     let exit = serde_json::from_slice(&frame.payload).unwrap();
                     return Outcome {
                         stdout,
                         stderr,
+                        rich,
                         exit,
                     };
                 }

@@ -6,6 +6,7 @@ mod tree;
 mod upload;
 mod watch;
 
+pub(super) use run::session_id;
 use serde_json::json;
 
 use super::{Access, Endpoint, Group, Query, QueryKind, Takes};

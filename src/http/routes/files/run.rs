@@ -15,7 +15,7 @@ const MOST_PATH: usize = 4096;
 const MOST_WORDS: usize = 1024;
 
 /// The session that a path or form names. Whatever is no id names nothing.
-pub(super) fn session_id(text: &str) -> Result<SessionId, ApiError> {
+pub(in crate::http::routes) fn session_id(text: &str) -> Result<SessionId, ApiError> {
     uuid::Uuid::try_parse(text)
         .ok()
         .and_then(|id| SessionId::parse(&id.as_hyphenated().to_string()))

@@ -1,0 +1,118 @@
+//! Several interpreters in one session, what they show, and who watches.
+
+// Not every test uses all of the shared support.
+#[allow(dead_code)]
+mod support;
+
+use std::time::{Duration, Instant};
+
+use support::{Host, Outcome};
+use thaw_wire::frame::{Frame, Kind};
+use thaw_wire::message::Language::{Bash, Python};
+
+fn within(host: &mut Host, context: Option<&str>, code: &str) -> Outcome {
+    let stream = host.begin(Python, code, context, false);
+    host.finish(stream)
+}
+
+#[test]
+fn contexts_have_variables_of_their_own() {
+    let mut host = Host::new("contexts");
+    for (context, value) in [(None, "1"), (Some("a"), "2"), (Some("b"), "3")] {
+        let done = within(&mut host, context, &format!("x = {value}"));
+        assert_eq!(done.exit.exit_code, 0, "{:?}", done.exit.note);
+    }
+    assert_eq!(within(&mut host, Some("a"), "x").out(), "2\n");
+    assert_eq!(within(&mut host, None, "x").out(), "1\n");
+    assert_eq!(within(&mut host, Some("b"), "x").out(), "3\n");
+    // A shell's directory is its context's, too, and a shell that ends keeps its state.
+    let mut shell = |context: Option<&str>, code: &str| {
+        let stream = host.begin(Bash, code, context, false);
+        host.finish(stream).out().to_owned()
+    };
+    shell(Some("a"), "cd /tmp; v=1");
+    assert_eq!(shell(None, "echo $PWD $v"), shell(None, "echo $PWD"));
+    shell(Some("a"), "exit 3");
+    assert_eq!(shell(Some("a"), "echo $PWD $v"), "/tmp 1\n");
+}
+
+#[test]
+fn contexts_run_at_the_same_time_and_a_dead_one_is_replaced() {
+    let mut host = Host::new("contexts-parallel");
+    let long = host.begin(
+        Python,
+        "import time; time.sleep(2); 'long'",
+        Some("slow"),
+        false,
+    );
+    let began = Instant::now();
+    assert_eq!(
+        within(&mut host, Some("fast"), "'short'").out(),
+        "'short'\n"
+    );
+    assert!(began.elapsed() < Duration::from_secs(2));
+    assert_eq!(host.finish(long).out(), "'long'\n");
+    let died = within(&mut host, Some("fast"), "import os; os._exit(9)");
+    assert_eq!(died.exit.exit_code, 9);
+    assert_eq!(within(&mut host, Some("fast"), "1 + 1").out(), "2\n");
+}
+
+#[test]
+fn contexts_are_bounded_and_their_names_checked() {
+    let mut host = Host::new("contexts-bound");
+    for number in 0..16 {
+        let stream = host.begin(Bash, "true", Some(&format!("c{number}")), false);
+        assert_eq!(host.finish(stream).exit.exit_code, 0);
+    }
+    for name in ["c16", "a/b", "..", ""] {
+        let refused = within(&mut host, Some(name), "1").exit;
+        assert_eq!(refused.exit_code, 126, "{name}");
+        assert!(refused.note.is_some());
+    }
+    assert_eq!(host.python("1").out(), "1\n");
+}
+
+#[test]
+fn values_are_shown_in_all_their_representations() {
+    let mut host = Host::new("rich");
+    let rich =
+        |outcome: &Outcome| -> serde_json::Value { serde_json::from_slice(&outcome.rich).unwrap() };
+    let one = host.python("1 + 1");
+    assert_eq!(rich(&one), serde_json::json!([{ "text/plain": "2" }]));
+    let code = "class Shown:\n    def _repr_html_(self): return '<b>x</b>'\n    def _repr_png_(self): return b'\\x89PNG' * 50000\n    def __repr__(self): return 'Shown'\ndisplay([1])\nShown()";
+    let two = host.python(code);
+    assert_eq!(two.out(), "[1]\nShown\n");
+    let shown = rich(&two);
+    assert_eq!(shown[0]["application/json"], serde_json::json!([1]));
+    assert_eq!(shown[1]["text/html"], "<b>x</b>");
+    assert!(shown[1]["image/png"].as_str().unwrap().len() > 250_000);
+    let none = host.python("x = 1");
+    assert!(none.rich.is_empty() && none.err().is_empty());
+}
+
+#[test]
+fn what_is_watched_leaves_as_it_is_printed() {
+    let mut host = Host::new("live");
+    let code = "import time\nprint('line')\ntime.sleep(3)\nprint('rest', end='')\ntime.sleep(3)";
+    let stream = host.begin(Python, code, None, true);
+    let mut next = |host: &mut Host| -> (Vec<u8>, Instant) {
+        loop {
+            let frame = host.receive();
+            if frame.stream == stream && frame.kind == Kind::Stdout {
+                host.send(&Frame::credit(stream, frame.payload.len() as u32));
+                return (frame.payload, Instant::now());
+            }
+        }
+    };
+    let (line, first) = next(&mut host);
+    assert_eq!(line, b"line\n");
+    let (rest, second) = next(&mut host);
+    assert_eq!(rest, b"rest");
+    // Each came while the command slept, not at its end.
+    let apart = second - first;
+    assert!(
+        apart > Duration::from_secs(2) && apart < Duration::from_secs(5),
+        "{apart:?}"
+    );
+    assert_eq!(host.finish(stream).exit.exit_code, 0);
+}

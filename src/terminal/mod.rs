@@ -1,0 +1,334 @@
+//! Terminals: processes on a pseudo-terminal in a session's VM that outlive their viewers.
+//!
+//! A terminal's output is kept in a [`backlog`] of bounded size. A viewer that comes gets what came
+//! since the last one left; while it is there, the terminal waits for it, so nothing is lost to a
+//! slow connection. Without one the newest output is kept.
+
+mod backlog;
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::SystemTime;
+
+use bytes::Bytes;
+use dashmap::DashMap;
+use thaw_wire::message::{Process, Program, Signal, Size};
+use tokio::sync::watch;
+
+use crate::session::{ProcessEvent, ProcessHandle, ProcessInput, SessionId, TenantId};
+use backlog::Backlog;
+
+/// Terminals of one session that are remembered, ended ones included; at the limit the oldest ended
+/// one is forgotten. As many as a VM runs at once may be alive.
+const MOST_PER_SESSION: usize = 64;
+
+/// Exit code of a terminal whose VM ended: as if killed.
+const VM_ENDED: i32 = 137;
+
+/// A terminal's name: the client's own or minted here; 1 to 64 of `A-Z a-z 0-9 . _ -`.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct TerminalId(String);
+
+impl TerminalId {
+    /// A fresh, unguessable name.
+    pub fn mint() -> Self {
+        Self(uuid::Uuid::new_v4().to_string())
+    }
+
+    /// Reads a client's text.
+    pub fn parse(text: &str) -> Option<Self> {
+        let fits = |c: u8| c.is_ascii_alphanumeric() || matches!(c, b'.' | b'_' | b'-');
+        let is_name = (1..=64).contains(&text.len()) && text.bytes().all(fits);
+        is_name.then(|| Self(text.to_owned()))
+    }
+
+    /// Its text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // What these locks guard is whole between any two statements that could panic.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What a terminal is to run.
+#[derive(Clone, Debug)]
+pub struct Wish {
+    /// Program and arguments.
+    pub argv: Vec<String>,
+    /// Its first size.
+    pub size: Size,
+}
+
+impl Wish {
+    /// As the VM takes it.
+    pub fn process(&self) -> Process {
+        Process {
+            program: Program::Command {
+                argv: self.argv.clone(),
+            },
+            env: Default::default(),
+            cwd: None,
+            terminal: Some(self.size),
+        }
+    }
+}
+
+/// One terminal.
+#[derive(Debug)]
+pub struct Terminal {
+    /// Its name.
+    pub id: TerminalId,
+    /// When it was made.
+    pub created_at: SystemTime,
+    input: ProcessInput,
+    size: Mutex<Size>,
+    backlog: Backlog,
+    exit: watch::Sender<Option<i32>>,
+}
+
+impl Terminal {
+    /// Its size.
+    pub fn size(&self) -> Size {
+        *lock(&self.size)
+    }
+
+    /// Gives it another size.
+    ///
+    /// # Errors
+    /// Its VM is gone.
+    pub fn resize(&self, size: Size) -> anyhow::Result<()> {
+        *lock(&self.size) = size;
+        self.input.signal(Signal::Resize(size))
+    }
+
+    /// Types bytes; waits while it does not read.
+    ///
+    /// # Errors
+    /// It or its VM is gone.
+    pub async fn write(&self, bytes: Bytes) -> anyhow::Result<()> {
+        self.input.write(bytes).await
+    }
+
+    /// Hangs up: what runs in it gets SIGHUP, and soon after a kill.
+    pub fn hang_up(&self) {
+        if let Err(error) = self.input.signal(Signal::Hangup) {
+            tracing::debug!("a terminal is gone already: {error:#}");
+        }
+    }
+
+    /// Its exit code, once it has ended.
+    pub fn exit_code(&self) -> Option<i32> {
+        *self.exit.borrow()
+    }
+
+    /// Starts to view it, in the place of whoever viewed it before.
+    pub fn view(self: &Arc<Self>) -> Viewer {
+        Viewer {
+            turn: self.backlog.attach(),
+            exit: self.exit.subscribe(),
+            terminal: self.clone(),
+        }
+    }
+}
+
+/// What a viewer sees next.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Seen {
+    /// Output.
+    Bytes(Vec<u8>),
+    /// It ended, and everything was seen.
+    Exit(i32),
+    /// Somebody else views it now.
+    Replaced,
+}
+
+/// Somebody who looks at a terminal.
+#[derive(Debug)]
+pub struct Viewer {
+    terminal: Arc<Terminal>,
+    turn: u64,
+    exit: watch::Receiver<Option<i32>>,
+}
+
+impl Viewer {
+    /// What is viewed.
+    pub fn terminal(&self) -> &Arc<Terminal> {
+        &self.terminal
+    }
+
+    /// What there is to see next. Dropping the future loses nothing.
+    pub async fn next(&mut self) -> Seen {
+        loop {
+            let changed = self.terminal.backlog.changed();
+            tokio::pin!(changed);
+            changed.as_mut().enable();
+            // Before the backlog is looked at: output that came before the end is seen before it.
+            let exit = *self.exit.borrow_and_update();
+            match self.terminal.backlog.take(self.turn) {
+                None => return Seen::Replaced,
+                Some(bytes) if !bytes.is_empty() => return Seen::Bytes(bytes),
+                Some(_) => {}
+            }
+            if let Some(code) = exit {
+                return Seen::Exit(code);
+            }
+            tokio::select! {
+                () = changed => {}
+                changed = self.exit.changed() => if changed.is_err() {
+                    return Seen::Exit(VM_ENDED);
+                },
+            }
+        }
+    }
+}
+
+impl Drop for Viewer {
+    fn drop(&mut self) {
+        self.terminal.backlog.detach(self.turn);
+    }
+}
+
+/// Reads what a terminal writes until it ends.
+async fn keep(terminal: Arc<Terminal>, mut process: ProcessHandle) {
+    let code = loop {
+        match process.next().await {
+            ProcessEvent::Stdout(bytes) | ProcessEvent::Stderr(bytes) => {
+                terminal.backlog.push(&bytes).await;
+            }
+            ProcessEvent::Exit(exit) => {
+                if let Some(note) = exit.note {
+                    let line = format!("thaw: {note}\r\n");
+                    terminal.backlog.push(line.as_bytes()).await;
+                }
+                break exit.exit_code;
+            }
+            ProcessEvent::Gone(note) => {
+                terminal
+                    .backlog
+                    .push(format!("\r\n{note}\r\n").as_bytes())
+                    .await;
+                break VM_ENDED;
+            }
+        }
+    };
+    terminal.exit.send_replace(Some(code));
+}
+
+type Key = (TenantId, SessionId);
+
+/// All terminals, by owner and session.
+#[derive(Debug, Default)]
+pub struct Terminals {
+    // Guards are never held across an await.
+    map: DashMap<Key, Vec<Arc<Terminal>>>,
+}
+
+/// Why a terminal is not taken in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Unfit {
+    /// The name is one of a terminal that runs.
+    #[error("a terminal of this id runs already")]
+    Taken,
+    /// Too many run.
+    #[error("{MOST_PER_SESSION} terminals are the most one session may have; close one")]
+    TooMany,
+}
+
+impl Terminals {
+    /// Takes a process in as a terminal.
+    ///
+    /// # Errors
+    /// See [`Unfit`]; the process is killed then.
+    pub fn insert(
+        &self,
+        tenant: &TenantId,
+        session: &SessionId,
+        id: TerminalId,
+        size: Size,
+        process: ProcessHandle,
+    ) -> Result<Arc<Terminal>, Unfit> {
+        let terminal = Arc::new(Terminal {
+            id,
+            created_at: SystemTime::now(),
+            input: process.input(),
+            size: Mutex::new(size),
+            backlog: Backlog::default(),
+            exit: watch::Sender::new(None),
+        });
+        {
+            let mut all = self
+                .map
+                .entry((tenant.clone(), session.clone()))
+                .or_default();
+            let same = all.iter().position(|other| other.id == terminal.id);
+            if let Some(at) = same {
+                if all[at].exit_code().is_none() {
+                    return Err(Unfit::Taken);
+                }
+                all.remove(at);
+            }
+            if all.len() >= MOST_PER_SESSION {
+                let ended = all.iter().position(|other| other.exit_code().is_some());
+                all.remove(ended.ok_or(Unfit::TooMany)?);
+            }
+            all.push(terminal.clone());
+        }
+        tokio::spawn(keep(terminal.clone(), process));
+        Ok(terminal)
+    }
+
+    /// A session's terminals, oldest first.
+    pub fn list(&self, tenant: &TenantId, session: &SessionId) -> Vec<Arc<Terminal>> {
+        let key = (tenant.clone(), session.clone());
+        self.map
+            .get(&key)
+            .map(|all| all.value().clone())
+            .unwrap_or_default()
+    }
+
+    /// One of a session's terminals.
+    pub fn get(
+        &self,
+        tenant: &TenantId,
+        session: &SessionId,
+        id: &TerminalId,
+    ) -> Option<Arc<Terminal>> {
+        self.list(tenant, session)
+            .into_iter()
+            .find(|terminal| terminal.id == *id)
+    }
+
+    /// Forgets a terminal, and hangs it up.
+    pub fn remove(
+        &self,
+        tenant: &TenantId,
+        session: &SessionId,
+        id: &TerminalId,
+    ) -> Option<Arc<Terminal>> {
+        let key = (tenant.clone(), session.clone());
+        let removed = {
+            let mut all = self.map.get_mut(&key)?;
+            let at = all.iter().position(|terminal| terminal.id == *id)?;
+            all.remove(at)
+        };
+        self.map.remove_if(&key, |_, all| all.is_empty());
+        removed.hang_up();
+        Some(removed)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_fit_for_paths_and_logs() {
+        assert!(TerminalId::parse("pty-1_a.B").is_some());
+        for bad in ["", "a/b", "a b", "é", &"x".repeat(65)] {
+            assert!(TerminalId::parse(bad).is_none(), "{bad}");
+        }
+        assert!(TerminalId::parse(TerminalId::mint().as_str()).is_some());
+    }
+}
