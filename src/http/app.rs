@@ -1,7 +1,7 @@
 //! What every request can use, and the way of a request from its head to its reply.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -24,14 +24,25 @@ use super::retry::Retries;
 use super::router::{Params, Router};
 use crate::backend::Backend;
 use crate::config::Config;
+use crate::store::Store;
 use crate::task::Tasks;
 use crate::terminal::Terminals;
+use crate::vms::Vms;
 
 /// Bodies up to this size need no room of their own: connections are bounded, and so are these.
 const SMALL_BODY: usize = 16 << 10;
 
 /// How long the rest of a refused request is waited for.
 const DISCARD: Duration = Duration::from_secs(1);
+
+/// What the calls about VMs, snapshots and accounts need.
+#[derive(Debug)]
+pub struct Control {
+    /// What outlives the server.
+    pub store: Store,
+    /// The VMs.
+    pub vms: Vms,
+}
 
 /// What the requests share.
 #[derive(Debug)]
@@ -48,6 +59,8 @@ pub struct App {
     pub terminals: Terminals,
     /// KiB of bodies that may still be held; see [`SMALL_BODY`].
     bodies: Arc<Semaphore>,
+    /// VMs, snapshots, accounts.
+    pub control: Control,
     /// Requests that run, for those who send one again.
     pub retries: Retries,
     /// What is counted here.
@@ -67,6 +80,7 @@ impl App {
         auth: Arc<Auth>,
         backend: Arc<dyn Backend>,
         tasks: Tasks,
+        control: Control,
         mut registry: Registry,
     ) -> anyhow::Result<Arc<Self>> {
         let metrics = Metrics::register(&mut registry);
@@ -78,6 +92,7 @@ impl App {
             backend,
             tasks,
             terminals: Terminals::default(),
+            control,
             retries: Retries::default(),
             metrics,
             registry,
@@ -103,10 +118,10 @@ impl App {
                 let call = Call {
                     parts,
                     held: None,
-                    body: Some(
+                    body: Mutex::new(Some(
                         body.map_err(|error| BrokenOff(error.into().to_string()))
                             .boxed_unsync(),
-                    ),
+                    )),
                     params,
                     app: self.clone(),
                 };
@@ -165,9 +180,10 @@ pub struct Call {
     /// Its head.
     pub parts: Parts,
     params: Params,
-    body: Option<Incoming>,
     /// Room for the body, until the request is answered.
     held: Option<OwnedSemaphorePermit>,
+    /// Never contended: it makes a reference to a call something that can go from thread to thread.
+    body: Mutex<Option<Incoming>>,
 }
 
 impl std::fmt::Debug for Call {
@@ -205,7 +221,8 @@ impl Call {
     /// The body as it comes, once: for what is too large to be held. Its size and time are the
     /// caller's to bound.
     pub fn incoming(&mut self) -> Option<Incoming> {
-        self.body.take()
+        let body = self.body.get_mut();
+        body.unwrap_or_else(PoisonError::into_inner).take()
     }
 
     /// The body's bytes.
@@ -213,7 +230,7 @@ impl Call {
     /// # Errors
     /// It is too large, too slow or broken off.
     pub async fn bytes(&mut self) -> Result<Bytes, ApiError> {
-        let Some(body) = self.body.take() else {
+        let Some(body) = self.incoming() else {
             return Ok(Bytes::new());
         };
         let limit = self.app.config.server.max_body_bytes;
@@ -245,7 +262,7 @@ impl Call {
     /// Reads the body and forgets it. An answer before the end of the request would close the
     /// connection, and a client that still sends might never see the answer.
     async fn discard(&mut self) {
-        let Some(mut body) = self.body.take() else {
+        let Some(mut body) = self.incoming() else {
             return;
         };
         let rest = async { while let Some(Ok(_)) = body.frame().await {} };

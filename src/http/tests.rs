@@ -10,7 +10,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::sync::watch;
 
-use super::app::App;
+use super::app::{App, Control};
 use super::auth::{Auth, Tokens, first_key, key};
 use super::server::{Server, begin_drain};
 use crate::backend::fake::FakeSessions;
@@ -55,7 +55,14 @@ impl World {
             .unwrap();
         let server = Server::bind(&config.server).await.unwrap();
         let registry = Registry::with_prefix("thaw");
-        let app = App::new(config, auth, backend.clone(), tasks, registry).unwrap();
+        let vms = crate::vms::tests::World::over(dir.path(), store.clone())
+            .await
+            .vms;
+        let control = Control {
+            store: store.clone(),
+            vms,
+        };
+        let app = App::new(config, auth, backend.clone(), tasks, control, registry).unwrap();
         let address = server.url().split("//").nth(1).unwrap().to_owned();
         let (stop, stopped) = watch::channel(false);
         let serving = tokio::spawn(server.serve(app.clone(), stopped));

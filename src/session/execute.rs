@@ -114,7 +114,7 @@ impl Core {
             code_len: 0,
             code: Some(command.code),
             timeout_ms: deadline.duration_since(began).as_millis() as u64,
-            env: Default::default(),
+            env: live.staged_env(),
             live: command.live,
             context: command.context.map(|name| name.as_str().to_owned()),
         };

@@ -155,6 +155,8 @@ pub enum VmStatus {
     Killed,
     /// It ended by an error.
     Failed,
+    /// It is frozen on disk and can be resumed.
+    Suspended,
 }
 
 /// What can be told about a session.
@@ -210,6 +212,20 @@ pub enum SessionError {
         /// The configured number.
         limit: usize,
     },
+    /// The session's VM is suspended, and is resumed by its owner only. HTTP 409.
+    #[error(
+        "VM {0} is suspended; resume it with POST /v1/vms/{0}/resume, or let commands wake it by auto_resume"
+    )]
+    Asleep(String),
+    /// The session has a VM already. HTTP 409.
+    #[error("the session already has VM {0}; end it first, or use another session")]
+    HasVm(String),
+    /// What was asked for cannot be done in the state that things are in; says why. HTTP 409.
+    #[error("{0}")]
+    Conflict(String),
+    /// The VM was ended while it was being started. HTTP 409.
+    #[error("the VM was ended while it was being started")]
+    EndedEarly,
     /// Too many terminals and file transfers at once. HTTP 429.
     #[error("{limit} terminals and file transfers are the most one VM serves at once; close one")]
     TooManyProcesses {

@@ -77,7 +77,12 @@ impl Inner {
             let error = match result {
                 Ok(outcome) => return Some(outcome),
                 Err(SessionError::ShuttingDown) => return None,
-                Err(error @ (SessionError::NotFound(_) | SessionError::NoVm(_))) => {
+                Err(
+                    error @ (SessionError::NotFound(_)
+                    | SessionError::NoVm(_)
+                    | SessionError::Asleep(_)
+                    | SessionError::Conflict(_)),
+                ) => {
                     return Some(not_run(&error));
                 }
                 Err(error) => error,
