@@ -121,6 +121,7 @@ pub const GROUPS: &[Group] = &[
     executions::GROUP,
     files::GROUP,
     pty::GROUP,
+    pty::VM_GROUP,
     sessions::GROUP,
     sandboxes::GROUP,
     vms::GROUP,
