@@ -83,10 +83,10 @@ class Runner:
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         cpu = (time.process_time_ns() - spent) // 1000
         cpu += int((after.ru_utime - children.ru_utime + after.ru_stime - children.ru_stime) * 1e6)
-        self.commands.send(
-            {"op": "done", "id": body.get("id"), "exit": code, "cpu_us": cpu, "out": len(out), "err": len(err)},
-            out + err + shown,
-        )
+        done = {"op": "done", "id": body.get("id"), "exit": code, "cpu_us": cpu, "out": len(out), "err": len(err)}
+        if shown:
+            done["rich"] = len(shown)
+        self.commands.send(done, out + err + shown)
 
     def _warm(self, body, _blob):
         missing = {}

@@ -1,5 +1,6 @@
 //! One running command: its deadline, its escalation, its end.
 
+use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use thaw_wire::message::{Execute, Exit};
@@ -93,8 +94,8 @@ pub struct Ending {
     pub remaining: [usize; OUTPUTS],
     /// Bytes that come after those.
     pub tails: [Vec<u8>; OUTPUTS],
-    /// Rich results, which come after all output.
-    pub rich: Vec<u8>,
+    /// Rich results, which come after all output. They may be megabytes and leave from the front.
+    pub rich: VecDeque<u8>,
 }
 
 impl Command {

@@ -1,5 +1,7 @@
 //! The agent from the host's side, without a VM: real interpreters, a socket for the wire.
 
+// Not every test uses all of the shared support.
+#[allow(dead_code)]
 mod support;
 
 use std::collections::BTreeMap;

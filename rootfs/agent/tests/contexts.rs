@@ -7,8 +7,9 @@ mod support;
 use std::time::{Duration, Instant};
 
 use support::{Host, Outcome};
-use thaw_wire::frame::{Frame, Kind};
-use thaw_wire::message::Language::{Bash, Python};
+use thaw_wire::frame::{Frame, INITIAL_CREDIT, Kind};
+use thaw_wire::message::Language::{Bash, Javascript, Python};
+use thaw_wire::message::{Order, Report};
 
 fn within(host: &mut Host, context: Option<&str>, code: &str) -> Outcome {
     let stream = host.begin(Python, code, context, false);
@@ -88,6 +89,40 @@ fn values_are_shown_in_all_their_representations() {
     assert!(shown[1]["image/png"].as_str().unwrap().len() > 250_000);
     let none = host.python("x = 1");
     assert!(none.rich.is_empty() && none.err().is_empty());
+    // As much as a command may show, in pieces and under credit.
+    let much = host.python(
+        "for _ in range(8): display({'text/plain': '', 'text/html': 'x' * 1_000_000}, raw=True)",
+    );
+    assert_eq!(rich(&much).as_array().unwrap().len(), 8);
+    if host.ready.languages.contains(&Javascript) {
+        let echoed = host.run(Javascript, "[1, 'a\\ud800']");
+        let text = echoed.out().trim_end();
+        assert_eq!(rich(&echoed), serde_json::json!([{ "text/plain": text }]));
+        assert!(host.run(Javascript, "let y = 1").rich.is_empty());
+    }
+}
+
+#[test]
+fn results_wait_for_credit_and_come_before_the_end() {
+    let mut host = Host::new("rich-credit");
+    let code = "display({'text/plain': 'p', 'text/html': 'x' * 400_000}, raw=True)";
+    let stream = host.begin(Python, code, None, false);
+    let mut taken = 0;
+    while taken < INITIAL_CREDIT as usize {
+        let frame = host.receive();
+        assert!(matches!(frame.kind, Kind::Stdout | Kind::Rich), "{frame:?}");
+        taken += frame.payload.len();
+    }
+    assert_eq!(taken, INITIAL_CREDIT as usize);
+    // No more of it is on its way: other frames are answered first.
+    assert_eq!(
+        host.order(&Order::Ping { token: 1 }),
+        Report::Pong { token: 1 }
+    );
+    host.send(&Frame::credit(stream, 1 << 20));
+    let done = host.finish(stream);
+    assert_eq!(done.exit.exit_code, 0);
+    assert!(taken + done.rich.len() > 400_000);
 }
 
 #[test]
@@ -95,7 +130,7 @@ fn what_is_watched_leaves_as_it_is_printed() {
     let mut host = Host::new("live");
     let code = "import time\nprint('line')\ntime.sleep(3)\nprint('rest', end='')\ntime.sleep(3)";
     let stream = host.begin(Python, code, None, true);
-    let mut next = |host: &mut Host| -> (Vec<u8>, Instant) {
+    let next = |host: &mut Host| -> (Vec<u8>, Instant) {
         loop {
             let frame = host.receive();
             if frame.stream == stream && frame.kind == Kind::Stdout {

@@ -84,7 +84,8 @@ class Runner:
                     while select.select([fd], [], [], 0)[0]:
                         into.append(os.read(fd, 65536))
                 out.append(blob[: done["out"]])
-                err.append(blob[done["out"] :])
+                err.append(blob[done["out"] :][: done["err"]])
+                self.rich = json.loads(blob[done["out"] + done["err"] :] or b"[]")
                 self.done = done
                 return b"".join(out).decode(), b"".join(err).decode(), done["exit"]
 

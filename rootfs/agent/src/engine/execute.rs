@@ -298,7 +298,7 @@ impl<L: Link> Engine<L> {
             exit,
             remaining,
             tails: done.tails,
-            rich: done.rich,
+            rich: done.rich.into(),
         });
     }
 
@@ -342,7 +342,7 @@ impl<L: Link> Engine<L> {
                     exit,
                     remaining,
                     tails: Default::default(),
-                    rich: Vec::new(),
+                    rich: Default::default(),
                 });
             }
             Some(_) => slot.lost |= !kept_state,

@@ -77,13 +77,12 @@ impl<L: Link> Engine<L> {
         self.env.extend(order.env.clone());
         let seed = identity::from_hex::<32>(&order.seed).unwrap_or_default();
         let mut waiting = vec![false; self.slots.len()];
-        for at in 0..self.slots.len() {
-            let slot = &mut self.slots[at];
+        for (slot, waiting) in self.slots.iter_mut().zip(&mut waiting) {
             let Some(interpreter) = slot.interpreter.as_mut().filter(|_| !slot.dead) else {
                 continue;
             };
             match interpreter.renew(&seed, &order.env) {
-                Ok(waits) => waiting[at] = waits,
+                Ok(waits) => *waiting = waits,
                 Err(error) => {
                     let name = slot.name();
                     return self.fail("renew", format!("{name}: {error}"));
@@ -140,15 +139,14 @@ impl<L: Link> Engine<L> {
 
     fn on_quiesce(&mut self) -> Result<(), LinkError> {
         let mut waiting = vec![false; self.slots.len()];
-        for at in 0..self.slots.len() {
-            let slot = &mut self.slots[at];
+        for (slot, waiting) in self.slots.iter_mut().zip(&mut waiting) {
             // One that runs a command could not answer; it is frozen as it is.
             if slot.dead || slot.command.is_some() {
                 continue;
             }
             if let Some(interpreter) = &mut slot.interpreter {
                 match interpreter.freeze() {
-                    Ok(waits) => waiting[at] = waits,
+                    Ok(waits) => *waiting = waits,
                     Err(error) => {
                         let name = slot.name();
                         return self.fail("quiesce", format!("{name}: {error}"));
