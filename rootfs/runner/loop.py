@@ -55,9 +55,7 @@ class Runner:
         except UnicodeDecodeError as error:
             source = None
             sys.stderr.write(f"SyntaxError: the command is not UTF-8: {error}\n")
-        live = body.get("live", False)
-        if live:
-            self.outputs.set_live(True)
+        unwatched = self.outputs.begin_live() if body.get("live") else None
         code = 1
         if source is not None:
             try:
@@ -72,8 +70,8 @@ class Runner:
             self.outputs.flush()
             os._exit(code)
         shown = self.session.results.take()
-        if live:
-            self.outputs.set_live(False)
+        if unwatched is not None:
+            self.outputs.end_live(unwatched)
         if restore is not None:
             _restore_environment(restore)
         if sys.stdout is not self.outputs.stdout or sys.stderr is not self.outputs.stderr:

@@ -233,7 +233,13 @@ mod tests {
     fn what_is_watched_is_asked_for_its_output_sooner() {
         let due = |command: &Command| command.next_due().map(|due| due - command.started);
         assert_eq!(due(&start(1000, false)), Some(FIRST_TICK));
-        assert_eq!(due(&start(1000, true)), Some(LIVE_FIRST_TICK));
+        let mut live = start(1000, true);
+        let mut at = Duration::ZERO;
+        for pause in [10, 20, 40, 50, 50] {
+            at += Duration::from_millis(pause);
+            assert_eq!(due(&live), Some(at));
+            assert_eq!(live.due(live.started + at), Some(Act::Tick));
+        }
     }
 
     #[test]

@@ -4,7 +4,7 @@
 #[allow(dead_code)]
 mod support;
 
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use support::{Host, Outcome};
 use thaw_wire::frame::{Frame, INITIAL_CREDIT, Kind};
@@ -150,4 +150,18 @@ fn what_is_watched_leaves_as_it_is_printed() {
         "{apart:?}"
     );
     assert_eq!(host.finish(stream).exit.exit_code, 0);
+    // Soon is a matter of milliseconds, measured here by the clock that both sides share.
+    let code = "import sys, time\nfor n in range(5):\n    print(time.time(), file=(sys.stdout, sys.stderr)[n % 2])\n    time.sleep(0.3)";
+    host.begin(Python, code, None, true);
+    let mut delays = Vec::new();
+    while delays.len() < 5 {
+        let frame = host.receive();
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+        assert!(matches!(frame.kind, Kind::Stdout | Kind::Stderr));
+        let printed = std::str::from_utf8(&frame.payload).unwrap().trim();
+        delays.push(now.as_secs_f64() - printed.parse::<f64>().unwrap());
+    }
+    delays.sort_by(f64::total_cmp);
+    // The middle one: this machine may be busy with something else.
+    assert!(delays[2] < 0.02, "{delays:?}");
 }
