@@ -1,4 +1,5 @@
-//! The session's interpreters: one warm process for each language, kept from command to command.
+//! The session's interpreters: a process for each language, and for each context that is asked
+//! for, kept from command to command.
 
 pub mod bash;
 pub mod channel;
