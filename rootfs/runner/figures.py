@@ -16,26 +16,28 @@ class Figures:
     def __init__(self, put):
         self._put = put
         self._shown = []
+        self._hooked = None
         self._pid = os.getpid()
         sys.meta_path.insert(0, _WhenImported(_PYPLOT, self._hook))
 
     def _hook(self, pyplot):
-        # Without a display the original would only warn.
-        pyplot.show = self.show
+        # A plain function, since pyplot sets its `__signature__`, which a method does not allow.
+        def show(*_arguments, **_options):
+            """Shows and closes every open figure."""
+            self._close_all(())
 
-    def show(self, *_arguments, **_options):
-        """Stands in for `plt.show`: shows and closes every open figure."""
-        self._close_all(())
+        # Without a display the original would only warn.
+        pyplot.show = show
+        self._hooked = pyplot
 
     def show_value(self, value, text):
         """Shows a figure that is echoed or displayed; False: it is none.
 
         It stays open, since the command may go on drawing in it, but its end does not show it again.
         """
-        kind = getattr(sys.modules.get("matplotlib.figure"), "Figure", None)
-        if not isinstance(kind, type) or not isinstance(value, kind):
-            return False
         try:
+            if not _is_figure(value):
+                return False
             self._draw(value, text)
         except Exception as error:
             _complain(error)
@@ -46,9 +48,12 @@ class Figures:
     def finish(self):
         """Shows what a command left open and has not shown, and closes it all."""
         shown, self._shown = self._shown, []
-        # A clone's pictures would reach nobody.
-        if _PYPLOT in sys.modules and os.getpid() == self._pid:
-            self._close_all(shown)
+        pyplot = sys.modules.get(_PYPLOT)
+        if pyplot is None or os.getpid() != self._pid:
+            return  # a clone's pictures would reach nobody
+        if pyplot is not self._hooked:
+            self._hook(pyplot)  # it came another way than by an import that could be watched
+        self._close_all(shown)
 
     def _close_all(self, shown):
         pyplot = sys.modules.get(_PYPLOT)
@@ -72,6 +77,17 @@ class Figures:
         drawn = io.BytesIO()
         figure.savefig(drawn, format="png", bbox_inches="tight")
         self._put({"text/plain": text, "image/png": base64.b64encode(drawn.getvalue()).decode()})
+
+
+def _is_figure(value):
+    kind = getattr(sys.modules.get("matplotlib.figure"), "Figure", None)
+    if kind is not None and isinstance(value, kind):
+        return True
+    # What pyplot takes for one is one.
+    pyplot = sys.modules.get(_PYPLOT)
+    if pyplot is None or not hasattr(type(value), "savefig"):
+        return False
+    return any(pyplot.figure(number) is value for number in pyplot.get_fignums())
 
 
 def _complain(error):
