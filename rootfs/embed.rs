@@ -6,15 +6,18 @@ use std::fmt::Write as _;
 use std::hash::{Hash, Hasher};
 use std::path::{Path, PathBuf};
 
-/// Files directly in `dir` that end in `extension`, in order of their names.
-fn files(dir: &Path, extension: &str) -> Vec<PathBuf> {
+/// Files directly in `dir` that end in one of the `extensions`, in order of their names.
+fn files(dir: &Path, extensions: &[&str]) -> Vec<PathBuf> {
     println!("cargo::rerun-if-changed={}", dir.display());
     let Ok(entries) = std::fs::read_dir(dir) else {
         return Vec::new();
     };
     let mut found: Vec<PathBuf> = entries
         .filter_map(|entry| entry.ok().map(|entry| entry.path()))
-        .filter(|path| path.extension().is_some_and(|found| found == extension))
+        .filter(|path| {
+            let found = path.extension().and_then(|found| found.to_str());
+            found.is_some_and(|found| extensions.contains(&found))
+        })
         .collect();
     found.sort();
     found
@@ -67,11 +70,11 @@ fn main() {
     let text = table(
         "RECIPES",
         "Recipes that come with thaw: file name and text.",
-        &files(&root.join("recipes"), "toml"),
+        &files(&root.join("recipes"), &["toml"]),
     ) + &table(
         "RUNNER",
-        "The runner's modules: file name and text, in order of their names.",
-        &files(&root.join("runner"), "py"),
+        "The runners' modules: file name and text, in order of their names.",
+        &files(&root.join("runner"), &["py", "js"]),
     );
     std::fs::write(out.join("embedded.rs"), text).expect("the output directory is writable");
 }

@@ -30,6 +30,10 @@ pub struct Config {
     pub vm: VmConfig,
     /// How sessions and the pool behave.
     pub session: SessionConfig,
+    /// Snapshots of VMs.
+    pub snapshot: SnapshotConfig,
+    /// What is remembered of what happened to whom.
+    pub audit: AuditConfig,
 }
 
 /// The `[server]` section.
@@ -52,6 +56,8 @@ pub struct ServerConfig {
     pub max_connections: usize,
     /// Largest request body in bytes; larger ones get 413.
     pub max_body_bytes: usize,
+    /// Megabytes of request bodies that may be in memory at once; more wait, and get 429 in the end.
+    pub body_memory_mib: u32,
     /// Largest file in bytes that may be uploaded; a VM's memory is the narrower bound.
     pub max_upload_bytes: u64,
     /// Largest request head in bytes.
@@ -84,6 +90,8 @@ impl Default for ServerConfig {
             max_connections: 1024,
             // A notebook cell or a script with a small file in it; uploads have their own route.
             max_body_bytes: 4 << 20,
+            // A sixteenth of the smallest host that thaw is made for.
+            body_memory_mib: 256,
             // Half of the largest VM: a file is held in its memory.
             max_upload_bytes: 4 << 30,
             max_header_bytes: 16 << 10,
@@ -185,6 +193,8 @@ pub struct VmConfig {
     pub lifetime_s: u64,
     /// `auto` (measured at start-up), `pv` or `hvm`.
     pub machine: String,
+    /// Records of VMs that are no more, kept for each user; the oldest go first.
+    pub keep_records: usize,
 }
 
 impl Default for VmConfig {
@@ -194,6 +204,54 @@ impl Default for VmConfig {
             vcpus: 1,
             lifetime_s: 300,
             machine: "auto".into(),
+            keep_records: 1000,
+        }
+    }
+}
+
+/// The `[snapshot]` section.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct SnapshotConfig {
+    /// Snapshots one user may have, suspended VMs included; more get 429.
+    pub max_per_tenant: usize,
+    /// MiB on disk that one user's snapshots may take together, suspended VMs included; more get 429.
+    pub max_mib_per_tenant: u64,
+    /// MiB of the data directory's file system that snapshots leave free.
+    pub disk_floor_mib: u64,
+    /// Snapshots that are written or checked at the same time; more wait.
+    pub concurrency: usize,
+    /// Seconds that `suspend` waits for the command that runs in the VM, before it is refused.
+    pub suspend_wait_s: u64,
+}
+
+impl Default for SnapshotConfig {
+    fn default() -> Self {
+        Self {
+            max_per_tenant: 64,
+            max_mib_per_tenant: 32 << 10,
+            disk_floor_mib: 1024,
+            concurrency: 2,
+            suspend_wait_s: 30,
+        }
+    }
+}
+
+/// The `[audit]` section.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct AuditConfig {
+    /// Seconds an event is kept.
+    pub keep_s: u64,
+    /// Events that are kept at most, over all users; the oldest go first.
+    pub keep_count: u64,
+}
+
+impl Default for AuditConfig {
+    fn default() -> Self {
+        Self {
+            keep_s: 90 * 24 * 3600,
+            keep_count: 200_000,
         }
     }
 }

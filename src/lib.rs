@@ -12,6 +12,7 @@
 //! * [`bench`]: what `thaw bench` measures.
 #![forbid(unsafe_code)]
 
+pub mod audit;
 pub mod backend;
 pub mod bench;
 pub mod cli;
@@ -19,8 +20,10 @@ pub mod config;
 pub mod http;
 pub mod image;
 pub mod session;
+pub mod snapshots;
 pub mod store;
 pub mod task;
 pub mod template;
 pub mod terminal;
+pub mod vms;
 pub mod worker;

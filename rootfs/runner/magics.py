@@ -189,7 +189,10 @@ class Magics:
     def line_pip(self, rest):
         """`%pip install ...` with this interpreter."""
         code = self._shell("", [sys.executable, "-m", "pip"] + shlex.split(rest))
-        if code == 0 and rest.startswith(("install", "uninstall")):
+        if code:
+            # A cell that goes on without what it wanted to install fails later and less clearly.
+            raise subprocess.CalledProcessError(code, "pip " + rest)
+        if rest.startswith(("install", "uninstall")):
             import importlib
 
             importlib.invalidate_caches()

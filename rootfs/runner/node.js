@@ -175,6 +175,9 @@ function evaluate(source) {
   });
 }
 
+// Resolves when everything that was written has left, or never will.
+const drained = (stream) => new Promise((done) => stream.write('', () => done()));
+
 function isWorking() {
   const kinds = process.getActiveResourcesInfo?.() ?? [];
   return kinds.some((kind) => WORK.has(kind)) && !kinds.includes('TCPServerWrap');
@@ -252,6 +255,8 @@ const commands = new Channel(number('THAW_COMMANDS'), async (body, blob) => {
   Object.assign(process.env, body.env);
   const spent = process.cpuUsage();
   const exit = await run(blob.toString());
+  // What is still on its way belongs to this command, not to the next.
+  await Promise.all([process.stdout, process.stderr].map(drained));
   const { user, system } = process.cpuUsage(spent);
   for (const name of Object.keys(body.env ?? {})) {
     if (name in before) process.env[name] = before[name];

@@ -128,6 +128,9 @@ impl Ticket for FakeTicket {
                 **turn += 1;
                 return Err(SessionError::HostFull { limit: 1 });
             }
+            if let Some(witness) = &attached.witness {
+                witness.starts().await.map_err(SessionError::Unavailable)?;
+            }
             self.runs.fetch_add(1, Ordering::SeqCst);
             if let Some(feed) = attached.feed {
                 feed.push(Output::Stdout, "so far");

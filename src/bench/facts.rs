@@ -45,10 +45,10 @@ impl Facts {
         })
     }
 
-    /// As one JSON object with `"name": "host"`.
+    /// As one JSON object.
     pub fn json(&self) -> Value {
         json!({
-            "name": "host", "cpu": self.cpu, "cpus": self.cpus, "memory_mib": self.memory_mib,
+            "cpu": self.cpu, "cpus": self.cpus, "memory_mib": self.memory_mib,
             "kernel": self.kernel, "thaw": self.thaw,
         })
     }

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::{Args, ValueEnum};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::bench::facts::Facts;
 use crate::bench::samples::Samples;
@@ -60,7 +60,10 @@ enum Case {
 /// The benchmark could not run; nothing was printed as a figure then.
 pub fn run(args: &BenchArgs) -> anyhow::Result<ExitCode> {
     let facts = Facts::read()?;
-    let report = Report { json: args.json };
+    let report = Report {
+        json: args.json,
+        host: std::cell::OnceCell::new(),
+    };
     let runs = |default| args.runs.unwrap_or(default).max(1);
     if let Case::Restore = args.case {
         let phases = restore::measure(&args.data_dir, &args.image, runs(100))
@@ -120,12 +123,14 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<ExitCode> {
 /// Prints results, for people or for machines.
 struct Report {
     json: bool,
+    /// The host, which every JSON object names: each line is a figure by itself.
+    host: std::cell::OnceCell<Value>,
 }
 
 impl Report {
     fn facts(&self, facts: &Facts) {
         if self.json {
-            println!("{}", facts.json());
+            self.host.get_or_init(|| facts.json());
         } else {
             println!("{}", facts.line());
         }
@@ -133,16 +138,26 @@ impl Report {
 
     fn samples(&self, samples: &Samples) -> anyhow::Result<()> {
         if self.json {
-            println!("{}", samples.json()?);
+            println!("{}", self.with_host(samples.json()?));
         } else {
             println!("{}", samples.line()?);
         }
         Ok(())
     }
 
+    fn with_host(&self, mut figure: Value) -> Value {
+        if let Some(host) = self.host.get() {
+            figure["host"] = host.clone();
+        }
+        figure
+    }
+
     fn figure(&self, name: &str, value: f64, unit: &str) {
         if self.json {
-            println!("{}", json!({"name": name, "value": value, "unit": unit}));
+            println!(
+                "{}",
+                self.with_host(json!({"name": name, "value": value, "unit": unit}))
+            );
         } else {
             println!("{name:<44} {value:.2} {unit}");
         }

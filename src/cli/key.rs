@@ -7,6 +7,7 @@ use clap::{Args, Subcommand};
 use serde_json::json;
 
 use super::DataDir;
+use super::table::human_date;
 use crate::http::auth::{FIRST_USER, key};
 use crate::http::reply::iso_ms;
 use crate::store::{KeyRow, UserRow};
@@ -84,11 +85,15 @@ pub fn run(args: KeyArgs) -> anyhow::Result<ExitCode> {
                     let shown = json!({
                         "id": row.id, "user": user, "name": row.name, "lookup": row.lookup, "plan": row.plan,
                         "created_at": iso_ms(row.created_ms), "revoked_at": row.revoked_ms.map(iso_ms),
+                        "last_used_at": row.last_used_ms.map(iso_ms),
                     });
                     println!("{shown}");
                 } else {
+                    let used = row
+                        .last_used_ms
+                        .map_or_else(|| "never used".to_owned(), used);
                     println!(
-                        "{}  {:<20}…  {state:<8} {user:<12} {}",
+                        "{}  {:<20}…  {state:<8} {used:<20} {user:<12} {}",
                         row.id, row.lookup, row.name
                     );
                 }
@@ -103,4 +108,9 @@ pub fn run(args: KeyArgs) -> anyhow::Result<ExitCode> {
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// When a key was last used: a running server stores it twice a minute.
+fn used(ms: i64) -> String {
+    human_date(u64::try_from(ms / 1000).unwrap_or(0))
 }

@@ -16,6 +16,8 @@ const SECTIONS: &[(&str, &str)] = &[
     ("DefaultPlan", "default_plan"),
     ("TaskConfig", "task"),
     ("VmConfig", "vm"),
+    ("SnapshotConfig", "snapshot"),
+    ("AuditConfig", "audit"),
     ("SessionConfig", "session"),
     ("PoolConfig", "session.pool"),
 ];

@@ -19,7 +19,7 @@ use tokio::sync::watch;
 use super::{exit, keys_help, start};
 use crate::backend::Backend;
 use crate::config::Config;
-use crate::http::app::App;
+use crate::http::app::{App, Control};
 use crate::http::auth::{self, Auth, Tokens, key};
 use crate::http::server::{Server, begin_drain};
 use crate::store::Store;
@@ -176,6 +176,7 @@ async fn serve(config: Config, chosen: Option<String>) -> anyhow::Result<()> {
     .await?;
     let followed = auth.clone();
     tokio::spawn(followed.follow());
+    tokio::spawn(auth.clone().note_uses());
 
     let mut registry = Registry::with_prefix("thaw");
     let started = start::sessions(&config, &store, &mut registry);
@@ -185,8 +186,20 @@ async fn serve(config: Config, chosen: Option<String>) -> anyhow::Result<()> {
     };
     let sessions = started.sessions;
     let backend: Arc<dyn Backend> = Arc::new(sessions.clone());
+    let vms = started.vms;
+    let control = Control {
+        store: store.clone(),
+        vms: vms.clone(),
+    };
     let tasks = Tasks::start(store, backend.clone(), config.task.clone()).await?;
-    let app = App::new(config.clone(), auth, backend, tasks.clone(), registry)?;
+    let app = App::new(
+        config.clone(),
+        auth.clone(),
+        backend,
+        tasks.clone(),
+        control,
+        registry,
+    )?;
     let (stop, stopped) = watch::channel(false);
     let url = server.url();
     let serving = tokio::spawn(server.serve(app.clone(), stopped));
@@ -211,6 +224,8 @@ async fn serve(config: Config, chosen: Option<String>) -> anyhow::Result<()> {
         // The store writes notes of VMs that just started a moment later, together.
         tokio::join!(sessions.drain(grace), tokio::time::sleep(LAST_NOTES));
         tasks.settle(LAST_REPLIES).await;
+        vms.settle().await;
+        auth.flush_uses().await;
         if tokio::time::timeout(LAST_REPLIES, serving).await.is_err() {
             tracing::warn!("some connections were cut at shutdown");
         }

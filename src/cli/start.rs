@@ -1,6 +1,8 @@
 //! From an image to sessions: what `thaw serve` needs before it can take requests.
 
 use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, anyhow};
 use prometheus_client::registry::Registry;
@@ -8,11 +10,14 @@ use thaw_vmm::machine::MachineKind;
 use thaw_vmm::protocol::Tuning;
 
 use super::exit;
+use crate::audit::Audit;
 use crate::config::Config;
 use crate::image::Image;
 use crate::session::{Sessions, Workers};
+use crate::snapshots::{Ground, Snapshots};
 use crate::store::Store;
 use crate::template::Templates;
+use crate::vms::{Ledger, Vms};
 use crate::worker::Launcher;
 
 /// Images that are tried in this order when none is named.
@@ -21,6 +26,7 @@ const IMAGES: [&str; 2] = ["standard", "minimal"];
 /// Sessions, and what the ready line says about them.
 pub(super) struct Started {
     pub(super) sessions: Sessions,
+    pub(super) vms: Vms,
     pub(super) facts: String,
 }
 
@@ -46,7 +52,11 @@ pub(super) async fn sessions(
     .context("opening the image was cut short")?
     .map_err(|error| exit::with(exit::IMAGE, error))?;
 
-    let shape = config.session.pool_shape();
+    let mut session = config.session.clone();
+    session.fit(crate::template::round_up(
+        templates.image().manifest.min_memory_mib,
+    ));
+    let shape = session.pool_shape();
     let template = templates
         .get(shape.memory_mib, shape.vcpus)
         .await
@@ -58,12 +68,37 @@ pub(super) async fn sessions(
         crate::template::machine_name(template.manifest.machine),
         template.manifest.memory_mib,
     );
-    let launcher = Launcher::this_program().context("cannot tell where this program is")?;
-    let workers = Workers::new(launcher, templates, Tuning::default());
-    let sessions = Sessions::start(config.session.clone(), store.clone(), workers, registry)
+    let ground = Ground {
+        image: template.manifest.image.clone(),
+        image_name: template.manifest.image_name.clone(),
+        machine: template.manifest.machine,
+    };
+    let ledger = ledger(config, store, ground)
         .await
         .map_err(|error| exit::with(exit::DATA_DIR, error))?;
-    Ok(Started { sessions, facts })
+    let launcher = Launcher::this_program().context("cannot tell where this program is")?;
+    let workers = Workers::new(launcher, templates, Tuning::default());
+    let sessions = Sessions::start(session, store.clone(), workers, ledger.clone(), registry)
+        .await
+        .map_err(|error| exit::with(exit::DATA_DIR, error))?;
+    let suspend_wait = Duration::from_secs(config.snapshot.suspend_wait_s);
+    let vms = Vms::new(sessions.clone(), ledger, suspend_wait);
+    Ok(Started {
+        sessions,
+        vms,
+        facts,
+    })
+}
+
+/// The records of VMs, and the snapshots that they may be frozen in.
+async fn ledger(config: &Config, store: &Store, ground: Ground) -> anyhow::Result<Arc<Ledger>> {
+    let (dir, snapshot) = (config.server.data_dir.clone(), config.snapshot.clone());
+    let snapshots = tokio::task::spawn_blocking(move || Snapshots::open(&dir, ground, snapshot))
+        .await
+        .context("looking for snapshots was cut short")??;
+    let audit = Audit::start(store.clone(), config.audit.clone());
+    let keep = config.vm.keep_records;
+    Ok(Ledger::open(store.clone(), audit, Arc::new(snapshots), keep).await?)
 }
 
 /// The image's name: the configured one, else the first that is built.

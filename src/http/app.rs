@@ -1,7 +1,7 @@
 //! What every request can use, and the way of a request from its head to its reply.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -12,6 +12,7 @@ use hyper::header::HeaderValue;
 use hyper::http::request::Parts;
 use hyper::{Request, StatusCode};
 use prometheus_client::registry::Registry;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::auth::{Auth, Caller, Presented, Refusal, presented};
 use super::body::Body;
@@ -23,11 +24,25 @@ use super::retry::Retries;
 use super::router::{Params, Router};
 use crate::backend::Backend;
 use crate::config::Config;
+use crate::store::Store;
 use crate::task::Tasks;
 use crate::terminal::Terminals;
+use crate::vms::Vms;
+
+/// Bodies up to this size need no room of their own: connections are bounded, and so are these.
+const SMALL_BODY: usize = 16 << 10;
 
 /// How long the rest of a refused request is waited for.
 const DISCARD: Duration = Duration::from_secs(1);
+
+/// What the calls about VMs, snapshots and accounts need.
+#[derive(Debug)]
+pub struct Control {
+    /// What outlives the server.
+    pub store: Store,
+    /// The VMs.
+    pub vms: Vms,
+}
 
 /// What the requests share.
 #[derive(Debug)]
@@ -42,6 +57,10 @@ pub struct App {
     pub tasks: Tasks,
     /// The sessions' terminals.
     pub terminals: Terminals,
+    /// KiB of bodies that may still be held; see [`SMALL_BODY`].
+    bodies: Arc<Semaphore>,
+    /// VMs, snapshots, accounts.
+    pub control: Control,
     /// Requests that run, for those who send one again.
     pub retries: Retries,
     /// What is counted here.
@@ -61,15 +80,19 @@ impl App {
         auth: Arc<Auth>,
         backend: Arc<dyn Backend>,
         tasks: Tasks,
+        control: Control,
         mut registry: Registry,
     ) -> anyhow::Result<Arc<Self>> {
         let metrics = Metrics::register(&mut registry);
+        let bodies = config.server.body_memory_mib as usize * 1024;
         Ok(Arc::new(Self {
+            bodies: Arc::new(Semaphore::new(bodies.min(Semaphore::MAX_PERMITS))),
             config,
             auth,
             backend,
             tasks,
             terminals: Terminals::default(),
+            control,
             retries: Retries::default(),
             metrics,
             registry,
@@ -94,10 +117,11 @@ impl App {
             Ok((endpoint, params)) => {
                 let call = Call {
                     parts,
-                    body: Some(
+                    held: None,
+                    body: Mutex::new(Some(
                         body.map_err(|error| BrokenOff(error.into().to_string()))
                             .boxed_unsync(),
-                    ),
+                    )),
                     params,
                     app: self.clone(),
                 };
@@ -156,7 +180,10 @@ pub struct Call {
     /// Its head.
     pub parts: Parts,
     params: Params,
-    body: Option<Incoming>,
+    /// Room for the body, until the request is answered.
+    held: Option<OwnedSemaphorePermit>,
+    /// Never contended: it makes a reference to a call something that can go from thread to thread.
+    body: Mutex<Option<Incoming>>,
 }
 
 impl std::fmt::Debug for Call {
@@ -194,7 +221,8 @@ impl Call {
     /// The body as it comes, once: for what is too large to be held. Its size and time are the
     /// caller's to bound.
     pub fn incoming(&mut self) -> Option<Incoming> {
-        self.body.take()
+        let body = self.body.get_mut();
+        body.unwrap_or_else(PoisonError::into_inner).take()
     }
 
     /// The body's bytes.
@@ -202,11 +230,25 @@ impl Call {
     /// # Errors
     /// It is too large, too slow or broken off.
     pub async fn bytes(&mut self) -> Result<Bytes, ApiError> {
-        let Some(body) = self.body.take() else {
+        let Some(body) = self.incoming() else {
             return Ok(Bytes::new());
         };
-        let reading = read(body, self.app.config.server.max_body_bytes);
+        let limit = self.app.config.server.max_body_bytes;
         let most = Duration::from_secs(self.app.config.server.body_timeout_s);
+        let expected = body.size_hint().upper().unwrap_or(limit as u64);
+        let expected = usize::try_from(expected).unwrap_or(limit).min(limit);
+        if expected > SMALL_BODY {
+            let kib = u32::try_from(expected / 1024).unwrap_or(u32::MAX);
+            let room = self.app.bodies.clone().acquire_many_owned(kib);
+            match tokio::time::timeout(most, room).await {
+                Ok(Ok(room)) => self.held = Some(room),
+                Ok(Err(_)) | Err(_) => {
+                    let detail = "Too many large requests at once; try again shortly";
+                    return Err(ApiError::too_many(detail, 1));
+                }
+            }
+        }
+        let reading = read(body, limit);
         tokio::time::timeout(most, reading)
             .await
             .unwrap_or_else(|_| {
@@ -220,7 +262,11 @@ impl Call {
     /// Reads the body and forgets it. An answer before the end of the request would close the
     /// connection, and a client that still sends might never see the answer.
     async fn discard(&mut self) {
-        if let Err(error) = tokio::time::timeout(DISCARD, self.bytes()).await {
+        let Some(mut body) = self.incoming() else {
+            return;
+        };
+        let rest = async { while let Some(Ok(_)) = body.frame().await {} };
+        if let Err(error) = tokio::time::timeout(DISCARD, rest).await {
             tracing::debug!(%error, "the body of a refused request did not come");
         }
     }

@@ -14,7 +14,9 @@ use serde_json::{Value, json};
 use super::auth::Refusal;
 use super::reply::{self, Reply};
 use crate::session::SessionError;
+use crate::snapshots::SnapshotError;
 use crate::store::StoreError;
+use crate::vms::VmError;
 
 /// One thing that is wrong with a request's body, in pydantic's words.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -148,11 +150,44 @@ impl From<SessionError> for ApiError {
             | SessionError::NoMemory
             | SessionError::TooManyProcesses { .. }
             | SessionError::TooManySessions { .. } => Self::too_many(detail, 1),
+            SessionError::Asleep(_)
+            | SessionError::HasVm(_)
+            | SessionError::Conflict(_)
+            | SessionError::EndedEarly => Self::new(StatusCode::CONFLICT, detail),
             SessionError::ShuttingDown => Self::new(StatusCode::SERVICE_UNAVAILABLE, detail),
             SessionError::Unavailable(cause) => {
                 tracing::error!(cause = format!("{cause:#}"), "no VM could be started");
                 Self::new(StatusCode::SERVICE_UNAVAILABLE, detail)
             }
+        }
+    }
+}
+
+impl From<SnapshotError> for ApiError {
+    fn from(error: SnapshotError) -> Self {
+        let detail = error.to_string();
+        match error {
+            SnapshotError::NotFound(_) => Self::not_found(detail),
+            SnapshotError::TooMany { .. } | SnapshotError::TooLarge { .. } => {
+                Self::too_many(detail, 60)
+            }
+            SnapshotError::NoSpace { .. }
+            | SnapshotError::Building(_)
+            | SnapshotError::Failed { .. }
+            | SnapshotError::Unfit { .. }
+            | SnapshotError::NotMade(_) => Self::new(StatusCode::CONFLICT, detail),
+        }
+    }
+}
+
+impl From<VmError> for ApiError {
+    fn from(error: VmError) -> Self {
+        match error {
+            VmError::NotFound(_) => Self::not_found(error.to_string()),
+            VmError::State(detail) => Self::new(StatusCode::CONFLICT, detail),
+            VmError::Session(error) => error.into(),
+            VmError::Snapshot(error) => error.into(),
+            VmError::Store(error) => error.into(),
         }
     }
 }

@@ -66,8 +66,15 @@ fn operation(endpoint: &Endpoint) -> Value {
             "content": { media: { "schema": reference(schema) } },
         });
     }
-    if endpoint.access == Access::Key {
-        operation["security"] = json!([{ "APIKeyHeader": [] }, { "OAuth2PasswordBearer": [] }]);
+    let by_head = [
+        json!({ "APIKeyHeader": [] }),
+        json!({ "OAuth2PasswordBearer": [] }),
+    ];
+    match endpoint.access {
+        Access::Open => {}
+        Access::Key => operation["security"] = json!(by_head),
+        // An empty requirement says that none of them may do.
+        Access::KeyOrBody => operation["security"] = json!([by_head[0], by_head[1], {}]),
     }
     let parameters = parameters(endpoint);
     if !parameters.is_empty() {
@@ -79,14 +86,16 @@ fn operation(endpoint: &Endpoint) -> Value {
 /// Every status that the endpoint may answer with: those that follow from what it is, and its own.
 fn responses(endpoint: &Endpoint) -> Map<String, Value> {
     let mut responses = Map::new();
-    let good = if endpoint.gives.contains('/') {
-        json!({ "description": "Successful Response", "content": { endpoint.gives: {} } })
-    } else {
-        reply("Successful Response", endpoint.gives)
+    let good = match endpoint.gives {
+        "" => None,
+        media if media.contains('/') => {
+            Some(json!({ "description": "Successful Response", "content": { media: {} } }))
+        }
+        schema => Some(reply("Successful Response", schema)),
     };
-    responses.insert("200".into(), good);
+    responses.extend(good.map(|good| ("200".to_owned(), good)));
     let mut statuses = endpoint.refuses.to_vec();
-    if endpoint.access == Access::Key {
+    if endpoint.access != Access::Open {
         statuses.extend([401, 429]);
     }
     if endpoint.takes != Takes::Nothing {
@@ -185,6 +194,11 @@ pub(super) fn results() -> Value {
         "description": "Each value's representations by MIME type; images in base64",
         "items": { "type": "object" },
     })
+}
+
+/// A schema, or null.
+pub(super) fn or_null(schema: Value) -> Value {
+    json!({ "anyOf": [schema, { "type": "null" }] })
 }
 
 /// An object.

@@ -23,6 +23,7 @@ pub(super) struct Pulse {
     busy: AtomicUsize,
     last: AtomicU64,
     head_since: AtomicU64,
+    blocked_since: AtomicU64,
 }
 
 impl Pulse {
@@ -33,6 +34,7 @@ impl Pulse {
             busy: AtomicUsize::new(0),
             last: AtomicU64::new(0),
             head_since: AtomicU64::new(0),
+            blocked_since: AtomicU64::new(NONE),
         }
     }
 
@@ -52,6 +54,23 @@ impl Pulse {
         match self.head_since.load(Ordering::Relaxed) {
             NONE => Duration::ZERO,
             since => Duration::from_millis(self.now().saturating_sub(since)),
+        }
+    }
+
+    /// How long the peer has taken nothing of what it is being sent.
+    pub(super) fn blocked_for(&self) -> Duration {
+        match self.blocked_since.load(Ordering::Relaxed) {
+            NONE => Duration::ZERO,
+            since => Duration::from_millis(self.now().saturating_sub(since)),
+        }
+    }
+
+    /// Notes whether a write went through.
+    fn wrote<T>(&self, polled: &Poll<T>) {
+        if polled.is_ready() {
+            self.blocked_since.store(NONE, Ordering::Relaxed);
+        } else if self.blocked_since.load(Ordering::Relaxed) == NONE {
+            self.blocked_since.store(self.now(), Ordering::Relaxed);
         }
     }
 
@@ -128,7 +147,9 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Watched<S> {
         cx: &mut Context<'_>,
         buf: &[u8],
     ) -> Poll<std::io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(cx, buf)
+        let polled = Pin::new(&mut self.stream).poll_write(cx, buf);
+        self.pulse.wrote(&polled);
+        polled
     }
 
     fn poll_write_vectored(
@@ -136,7 +157,9 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Watched<S> {
         cx: &mut Context<'_>,
         bufs: &[std::io::IoSlice<'_>],
     ) -> Poll<std::io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write_vectored(cx, bufs)
+        let polled = Pin::new(&mut self.stream).poll_write_vectored(cx, bufs);
+        self.pulse.wrote(&polled);
+        polled
     }
 
     fn is_write_vectored(&self) -> bool {

@@ -31,8 +31,12 @@ const UNDELIVERED: Duration = Duration::from_secs(5);
 /// How long an answer to a named request is kept.
 const NAMED: Duration = Duration::from_secs(600);
 
-/// Bytes of kept answers; beyond it the oldest are forgotten early.
+/// Bytes of kept answers. Beyond it the oldest go early; of a named request it is then still known that it
+/// ran, and a repetition is refused instead of run.
 const KEPT_BYTES: usize = 64 << 20;
+
+/// Requests that are remembered, answers aside: some hundred bytes each.
+const KEPT_REQUESTS: usize = 100_000;
 
 /// How long a closed connection may take to be noticed.
 const LETTING_GO: Duration = Duration::from_millis(60);
@@ -47,6 +51,10 @@ pub enum Same {
     Named(TenantId, &'static str, String),
     /// A hash over route, session and content.
     Body(TenantId, [u8; 32]),
+    /// A hash over route and content of a request for a new session. Many clients may send the same
+    /// one at once and none waits for another's connection; a repetition is joined if it comes when the first
+    /// one's client is seen to be gone.
+    New(TenantId, [u8; 32]),
 }
 
 /// Requests that run, and answers worth keeping.
@@ -119,6 +127,9 @@ impl Retries {
         F: Future<Output = Answer> + Send + 'static,
     {
         self.forget_old();
+        // First of all, so that the order of arrival is kept whatever is waited for below. A request
+        // that joins an earlier one gives its place back by dropping the work.
+        let work = start();
         self.let_go(&same).await;
         // No await while the map's guard lives.
         let waiter = {
@@ -130,7 +141,7 @@ impl Retries {
             match earlier {
                 Some(open) if open.content == content => Waiter::new(open),
                 Some(_) => return Err(name_reused()),
-                None => match start() {
+                None => match work {
                     Ok(work) => {
                         let open = Arc::new(Open {
                             content,
@@ -160,7 +171,7 @@ impl Retries {
     /// closes it and asks again at once; which of the two this server learns first is chance. A
     /// request that is identical on purpose loses nothing: its turn comes after the other's anyway.
     async fn let_go(&self, same: &Same) {
-        if matches!(same, Same::Named(..)) {
+        if !matches!(same, Same::Body(..)) {
             return;
         }
         let held = || {
@@ -187,8 +198,8 @@ impl Retries {
         open.answer.send_replace(Some(answer));
         let keep = match same {
             Same::Named(..) => Some(NAMED),
-            Same::Body(..) if open.waiting.load(Ordering::Acquire) == 0 => Some(UNDELIVERED),
-            Same::Body(..) => None,
+            _ if open.waiting.load(Ordering::Acquire) == 0 => Some(UNDELIVERED),
+            Same::Body(..) | Same::New(..) => None,
         };
         match keep.filter(|_| wanted) {
             Some(time) => {
@@ -224,22 +235,39 @@ impl Retries {
             }
             let mut old = Vec::new();
             let mut excess = kept.bytes.saturating_sub(KEPT_BYTES);
-            // The two kinds have different times, so the whole queue is looked at.
-            kept.answers.retain(|(until, same, open, size)| {
-                let goes = *until <= now || excess > 0;
-                if goes {
+            let mut crowd = kept.answers.len().saturating_sub(KEPT_REQUESTS);
+            let mut freed = 0;
+            // The kinds have different times, so the whole queue is looked at.
+            kept.answers.retain_mut(|(until, same, open, size)| {
+                let is_over = *until <= now || crowd > 0;
+                if is_over || excess > 0 {
                     excess = excess.saturating_sub(*size);
-                    old.push((same.clone(), open.clone(), *size));
+                    freed += std::mem::take(size);
+                    if !is_over && matches!(same, Same::Named(..)) {
+                        open.answer.send_replace(Some(Err(answered_before())));
+                        return true;
+                    }
+                    crowd = crowd.saturating_sub(1);
+                    old.push((same.clone(), open.clone()));
+                    return false;
                 }
-                !goes
+                true
             });
-            kept.bytes -= old.iter().map(|(_, _, size)| size).sum::<usize>();
+            kept.bytes -= freed;
             old
         };
-        for (same, open, _) in old {
+        for (same, open) in old {
             self.forget(&same, &open);
         }
     }
+}
+
+/// 409 for a named request that has run, whose answer is not kept any more.
+fn answered_before() -> ApiError {
+    ApiError::new(
+        hyper::StatusCode::CONFLICT,
+        "The request with this Idempotency-Key has run; its answer was too large to be kept",
+    )
 }
 
 /// 409 for an idempotency key that was used for a different request.
@@ -339,5 +367,60 @@ mod tests {
         tokio::time::sleep(NAMED * 2).await;
         counted.send(named("k"), 2).await.unwrap().unwrap();
         assert_eq!(counted.runs(), 2);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn places_are_taken_in_the_order_of_arrival() {
+        let retries = Retries::default();
+        let order = Arc::new(Mutex::new(Vec::new()));
+        let send = |same: Same, name: &'static str| {
+            let (retries, order) = (retries.clone(), order.clone());
+            tokio::spawn(async move {
+                let start = || {
+                    order.lock().unwrap().push(name);
+                    Ok(async {
+                        tokio::time::sleep(Duration::from_secs(1)).await;
+                        Ok(Bytes::new())
+                    })
+                };
+                retries.run(same, [1; 32], start).await
+            })
+        };
+        let other = Same::Body(TenantId("t".into()), [2; 32]);
+        let mut sent = Vec::new();
+        for (same, name) in [(body(), "a"), (body(), "a again"), (other, "b")] {
+            sent.push(send(same, name));
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        for request in sent {
+            request.await.unwrap().unwrap();
+        }
+        assert_eq!(*order.lock().unwrap(), ["a", "a again", "b"]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_ran_is_not_run_again_even_when_its_answer_is_gone() {
+        let retries = Retries::default();
+        let runs = Arc::new(AtomicUsize::new(0));
+        let send = |name: String| {
+            let (retries, runs) = (retries.clone(), runs.clone());
+            async move {
+                let start = || {
+                    Ok(async move {
+                        runs.fetch_add(1, Ordering::SeqCst);
+                        Ok(Bytes::from(vec![0; KEPT_BYTES / 8]))
+                    })
+                };
+                retries.run(named(&name), [1; 32], start).await
+            }
+        };
+        for number in 0..12 {
+            send(number.to_string()).await.unwrap();
+        }
+        let again = send("0".into()).await.unwrap_err();
+        assert_eq!(again.status().as_u16(), 409);
+        assert!(send("11".into()).await.is_ok());
+        assert_eq!(runs.load(Ordering::SeqCst), 12);
+        assert!(retries.kept().bytes <= KEPT_BYTES);
     }
 }

@@ -8,7 +8,7 @@ use std::borrow::Cow;
 use hyper::Method;
 
 use super::error::ApiError;
-use super::routes::{Endpoint, endpoints};
+use super::routes::{Endpoint, absent, endpoints};
 
 /// A path's parameters: names and values, in the path's order.
 pub type Params = Vec<(String, String)>;
@@ -47,7 +47,7 @@ impl Router {
         path: &str,
     ) -> Result<(&'static Endpoint, Params), ApiError> {
         let path = collapse(path);
-        let not_found = || ApiError::not_found("Not Found");
+        let not_found = || ApiError::not_found(absent::why(&path).unwrap_or("Not Found"));
         let found = self.paths.at(&path).map_err(|_| not_found())?;
         let mut params = Params::new();
         for (name, value) in found.params.iter() {

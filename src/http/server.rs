@@ -129,8 +129,7 @@ fn builder(config: &ServerConfig) -> Builder<TokioExecutor> {
         // hyper runs this timer between requests, too, so it is the idle limit here; slow heads
         // are seen by `Pulse`.
         .header_read_timeout(Duration::from_secs(config.idle_timeout_s))
-        .max_buf_size(config.max_header_bytes.max(8192))
-        .pipeline_flush(true);
+        .max_buf_size(config.max_header_bytes.max(8192));
     builder
         .http2()
         .timer(TokioTimer::new())
@@ -208,6 +207,11 @@ impl Connection {
                     if pulse.head_for() > head {
                         self.app.metrics.cut.inc();
                         tracing::debug!("a request's head took too long");
+                        return;
+                    }
+                    if pulse.blocked_for() > idle {
+                        self.app.metrics.cut.inc();
+                        tracing::debug!("a peer takes nothing of its answer");
                         return;
                     }
                     if !stopping && pulse.idle_for() > idle {

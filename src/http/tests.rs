@@ -10,7 +10,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::sync::watch;
 
-use super::app::App;
+use super::app::{App, Control};
 use super::auth::{Auth, Tokens, first_key, key};
 use super::server::{Server, begin_drain};
 use crate::backend::fake::FakeSessions;
@@ -55,7 +55,14 @@ impl World {
             .unwrap();
         let server = Server::bind(&config.server).await.unwrap();
         let registry = Registry::with_prefix("thaw");
-        let app = App::new(config, auth, backend.clone(), tasks, registry).unwrap();
+        let vms = crate::vms::tests::World::over(dir.path(), store.clone())
+            .await
+            .vms;
+        let control = Control {
+            store: store.clone(),
+            vms,
+        };
+        let app = App::new(config, auth, backend.clone(), tasks, control, registry).unwrap();
         let address = server.url().split("//").nth(1).unwrap().to_owned();
         let (stop, stopped) = watch::channel(false);
         let serving = tokio::spawn(server.serve(app.clone(), stopped));
@@ -452,6 +459,36 @@ async fn slow_heads_and_idle_connections_are_cut_and_busy_ones_are_not() {
     assert!(slow.closes_within(Duration::from_millis(2800)).await);
     assert!(idle.closes_within(Duration::from_secs(4)).await);
     assert_eq!(busy.answer().await.status, 200);
+}
+
+#[tokio::test]
+async fn what_is_no_http_is_answered_and_a_half_request_holds_nothing_up() {
+    let world = World::new(|_| {}).await;
+    let long = format!(
+        "GET / HTTP/1.1\r\nHost: x\r\nA: {}\r\n\r\n",
+        "x".repeat(20_000)
+    );
+    for (sent, status) in [("GARBAGE\r\n\r\n", "400"), (long.as_str(), "431")] {
+        let mut stream = world.connect().await.0;
+        stream.write_all(sent.as_bytes()).await.unwrap();
+        let mut answer = vec![0; 64];
+        let count = stream.read(&mut answer).await.unwrap();
+        let answer = String::from_utf8_lossy(&answer[..count]).into_owned();
+        assert!(
+            answer.starts_with(&format!("HTTP/1.1 {status}")),
+            "{answer:?}"
+        );
+    }
+    let mut stream = world.connect().await.0;
+    let one_and_a_half = "GET /health HTTP/1.1\r\nHost: x\r\n\r\nGET /hea";
+    stream.write_all(one_and_a_half.as_bytes()).await.unwrap();
+    let mut answer = vec![0; 64];
+    let read = tokio::time::timeout(Duration::from_secs(5), stream.read(&mut answer)).await;
+    assert!(
+        read.expect("the first request waits for the second")
+            .unwrap()
+            > 0
+    );
 }
 
 #[tokio::test]

@@ -20,7 +20,7 @@ pub const FORMAT: u32 = 1;
 const MAX_BYTES: u64 = 1 << 20;
 
 /// One file, by content.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Default, Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Part {
     /// Its SHA-256, 64 hexadecimal digits.
     pub sha256: String,

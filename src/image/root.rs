@@ -58,6 +58,20 @@ pub struct Root {
     pub packages: Vec<String>,
 }
 
+/// Removes the mark by which Debian keeps pip off the system's Python: in a guest there is one user and one
+/// Python, and `%pip install` is what notebooks do.
+fn let_pip_install(root: &Path) -> anyhow::Result<()> {
+    let library = root.join("usr/lib");
+    for entry in std::fs::read_dir(&library).context("the root has no usr/lib")? {
+        let mark = entry?.path().join("EXTERNALLY-MANAGED");
+        if mark.exists() {
+            std::fs::remove_file(&mark)
+                .with_context(|| format!("cannot remove {}", mark.display()))?;
+        }
+    }
+    Ok(())
+}
+
 /// Installs the recipe's packages into a fresh directory.
 ///
 /// Compiled Python (`__pycache__`) is kept, because imports are slow without it. So the dates
@@ -110,6 +124,7 @@ pub fn finish(
             _ => {}
         }
     }
+    let_pip_install(root)?;
     write(&root.join("etc/machine-id"), b"")?;
     write(
         &root.join("etc/hosts"),

@@ -19,7 +19,7 @@ pub struct SessionConfig {
     /// kernel's own figure shows it.
     pub memory_per_vm_mib: u64,
     /// Guest memory sizes (MiB) that templates exist for. A session gets the next size up from
-    /// what it asked for.
+    /// what it asked for. Sizes that the image cannot run in are left out.
     pub sizes_mib: Vec<u32>,
     /// Most vCPUs a VM gets; a session that asks for more gets this many.
     pub max_vcpus: u32,
@@ -57,7 +57,7 @@ impl Default for SessionConfig {
             max_vms: 256,
             memory_floor_mib: 256,
             memory_per_vm_mib: 16,
-            sizes_mib: vec![512, 1024, 2048, 4096, 8192],
+            sizes_mib: vec![256, 512, 1024, 2048, 4096, 8192],
             max_vcpus: 1,
             max_waiting: 64,
             max_sessions_per_tenant: 10_000,
@@ -151,6 +151,15 @@ impl SessionConfig {
         Ok(())
     }
 
+    /// Takes out sizes that an image cannot run in, so that what is told of a VM is what it has.
+    pub fn fit(&mut self, least_mib: u32) {
+        self.sizes_mib.retain(|size| *size >= least_mib);
+        if self.sizes_mib.is_empty() {
+            self.sizes_mib.push(least_mib);
+        }
+        self.pool.memory_mib = self.shape(self.pool.memory_mib, 1).memory_mib;
+    }
+
     /// The shape of VM that serves a session which asked for this.
     pub fn shape(&self, memory_mib: u32, vcpus: u32) -> Shape {
         let fits = self.sizes_mib.iter().copied().filter(|s| *s >= memory_mib);
@@ -189,7 +198,7 @@ mod tests {
     fn the_next_size_up_is_used_and_the_largest_when_there_is_none() {
         let config = SessionConfig::default();
         let memory = |asked| config.shape(asked, 2).memory_mib;
-        assert_eq!([memory(128), memory(512), memory(513)], [512, 512, 1024]);
+        assert_eq!([memory(128), memory(257), memory(513)], [256, 512, 1024]);
         assert_eq!(
             config.shape(9000, 8),
             Shape {

@@ -13,6 +13,7 @@ use super::pool::Pool;
 use super::reaper::Reaper;
 use super::rows::SessionRows;
 use super::table::Table;
+use super::watch::VmWatch;
 
 /// The parts behind [`super::Sessions`].
 #[derive(Debug)]
@@ -23,6 +24,7 @@ pub(crate) struct Core {
     pub(crate) limits: Limits,
     pub(crate) reaper: Reaper,
     pub(crate) rows: Arc<dyn SessionRows>,
+    pub(crate) watch: Arc<dyn VmWatch>,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) budget: Arc<Budget>,
     /// Commands that have their turn.

@@ -1,6 +1,7 @@
 //! One command, from its place in the line to its outcome.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use futures_util::FutureExt;
@@ -102,6 +103,10 @@ impl Core {
                 return Ok(not_run(at, TIMED_OUT, note));
             }
         };
+        // In this order: after a crash, what is not noted as running must be known not to have run.
+        if let Some(witness) = &attached.witness {
+            witness.starts().await.map_err(SessionError::Unavailable)?;
+        }
         let began = Instant::now();
         let deadline = (began + command.timeout).min(answer_by.unwrap_or(began + command.timeout));
         let order = Execute {
@@ -109,7 +114,7 @@ impl Core {
             code_len: 0,
             code: Some(command.code),
             timeout_ms: deadline.duration_since(began).as_millis() as u64,
-            env: Default::default(),
+            env: live.staged_env(),
             live: command.live,
             context: command.context.map(|name| name.as_str().to_owned()),
         };
@@ -347,9 +352,12 @@ impl Running {
                 } else if exit.timed_out {
                     append_line(&mut outcome.stderr, INTERRUPTED);
                 }
+                let lost_before = self.live.state_lost.swap(false, Ordering::AcqRel);
                 match exit.note {
                     Some(note) => append_line(&mut outcome.stderr, &format!("thaw: {note}")),
-                    None if exit.state_lost => append_line(&mut outcome.stderr, STATE_LOST),
+                    None if exit.state_lost || lost_before => {
+                        append_line(&mut outcome.stderr, STATE_LOST)
+                    }
                     None => {}
                 }
             }
@@ -415,7 +423,11 @@ async fn stop(core: Arc<Core>, session: Arc<Session>, live: Arc<Live>, mut run: 
             }
             event = run.next() => match event {
                 RunEvent::Stdout(_) | RunEvent::Stderr(_) | RunEvent::Rich(_) => {}
-                RunEvent::Exit(_) => return,
+                RunEvent::Exit(exit) => {
+                    // Its caller was answered long ago; the next one is told.
+                    live.state_lost.fetch_or(exit.state_lost, Ordering::AcqRel);
+                    return;
+                }
                 RunEvent::Died(reason) => {
                     session.end_vm(&live, End::Failed(reason), &core.reaper);
                     return;

@@ -8,6 +8,12 @@ use thaw_wire::message::{Execute, Language, Renew};
 
 use super::vm::{RunEvent, Vm};
 
+/// What the agent answers while another command has the interpreter.
+const BUSY: i32 = 126;
+
+/// How long after such an answer it is asked again.
+const SETTLE_PAUSE: Duration = Duration::from_millis(50);
+
 /// A fresh identity. The seed and the machine id come from the system's generator, every time.
 pub(crate) fn identity(
     generation: u64,
@@ -55,6 +61,32 @@ pub(crate) async fn rehearse(vm: &dyn Vm, generation: u64, limit: Duration) -> a
     match tokio::time::timeout(limit, run_through).await {
         Ok(result) => result.map_err(|error| error.context("a restored VM failed its rehearsal")),
         Err(_) => anyhow::bail!("a restored VM's rehearsal took longer than {limit:?}"),
+    }
+}
+
+/// Lets a VM that was frozen mid-flight come to rest: a command that ran when it was frozen runs on
+/// in it, and until it has ended the interpreter takes no other. One that takes longer than the
+/// limit is left to itself. Proves on the way that the VM runs commands at all.
+pub(crate) async fn settle(vm: &dyn Vm, limit: Duration) -> anyhow::Result<()> {
+    let until = tokio::time::Instant::now() + limit;
+    loop {
+        let mut run = vm.execute(empty_command(limit)).await?;
+        let exit = loop {
+            match tokio::time::timeout(limit, run.next()).await {
+                Ok(RunEvent::Exit(exit)) => break exit,
+                Ok(RunEvent::Died(reason)) => anyhow::bail!("the VM died: {reason}"),
+                Ok(_) => {}
+                Err(_) => anyhow::bail!("it did not run an empty command within {limit:?}"),
+            }
+        };
+        match exit.exit_code {
+            0 => return Ok(()),
+            BUSY if tokio::time::Instant::now() < until => {
+                tokio::time::sleep(SETTLE_PAUSE).await;
+            }
+            BUSY => return Ok(()),
+            other => anyhow::bail!("an empty command ended with {other} in it"),
+        }
     }
 }
 

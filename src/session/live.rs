@@ -1,5 +1,7 @@
 //! A session's VM while it runs, and how it ended.
 
+use std::collections::BTreeMap;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -23,6 +25,8 @@ pub(crate) enum End {
     Failed(String),
     /// The server goes down.
     Drained,
+    /// It is frozen on disk.
+    Suspended,
 }
 
 impl End {
@@ -38,6 +42,7 @@ impl End {
                 format!("thaw: the session's VM ended: {reason}; the next command gets a fresh one")
             }
             Self::Drained => "thaw: the server shut down".into(),
+            Self::Suspended => "thaw: the session's VM was suspended".into(),
         }
     }
 }
@@ -50,6 +55,12 @@ pub(crate) struct Live {
     pub(crate) vm: Arc<dyn Vm>,
     pub(crate) started: Instant,
     pub(crate) expires: Instant,
+    /// An interpreter was replaced, and no command has told so yet.
+    pub(crate) state_lost: AtomicBool,
+    /// Somebody wants to freeze it at the end of its lifetime: only its keeper may end it then.
+    pub(crate) lingers: AtomicBool,
+    /// Variables for everything that is run from now on: in memory only, gone with the VM.
+    staged: Mutex<BTreeMap<String, String>>,
     /// Room for processes beside its commands.
     pub(crate) processes: Arc<Semaphore>,
     ended: watch::Sender<Option<End>>,
@@ -70,6 +81,9 @@ impl Live {
             vm,
             started,
             expires: started + lifetime,
+            state_lost: AtomicBool::new(false),
+            lingers: AtomicBool::new(false),
+            staged: Mutex::default(),
             processes: Arc::new(Semaphore::new(MOST_PROCESSES)),
             ended: watch::Sender::new(None),
             permits: Mutex::new(Some(permits)),
@@ -86,6 +100,26 @@ impl Live {
         drop(plan);
         reaper.end(self.vm.clone(), Some(host));
         true
+    }
+
+    /// Variables for everything that is run from now on.
+    pub(crate) fn staged_env(&self) -> BTreeMap<String, String> {
+        lock(&self.staged).clone()
+    }
+
+    /// Adds such variables; all of them together must not take more than `most` bytes.
+    pub(crate) fn stage_env(&self, more: BTreeMap<String, String>, most: usize) -> bool {
+        let mut staged = lock(&self.staged);
+        let mut all = staged.clone();
+        all.extend(more);
+        let bytes: usize = all
+            .iter()
+            .map(|(name, value)| name.len() + value.len())
+            .sum();
+        if bytes <= most {
+            *staged = all;
+        }
+        bytes <= most
     }
 
     /// How it ended, if it has.

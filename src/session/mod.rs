@@ -7,6 +7,8 @@
 //! * `start`: admission (`limits`), claim (`pool`), renewal;
 //! * `execute`, `output`: one command;
 //! * `pool`, `refill`, `breaker`, `reaper`: VMs before and after their sessions;
+//! * `vms`: the session's VM as something that is started, frozen and resumed by itself;
+//! * [`VmWatch`]: the seam towards whoever keeps account of VMs;
 //! * [`VmSource`] and [`Vm`]: the seam towards workers and machines; `workers` is the real one;
 //! * [`SessionRows`]: the seam towards the store.
 
@@ -29,12 +31,15 @@ mod rows;
 #[allow(clippy::module_inception)]
 mod session;
 mod sessions;
+mod share;
 mod start;
 mod table;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 mod types;
 mod vm;
+mod vms;
+mod watch;
 mod workers;
 
 pub use config::{PoolConfig, SessionConfig};
@@ -44,5 +49,7 @@ pub use process::{ProcessEvent, ProcessHandle, ProcessInput};
 pub use rows::{NoRows, SessionRow, SessionRows};
 pub use sessions::Sessions;
 pub use types::*;
-pub use vm::{Channel, Input, Run, RunEvent, Shape, Vm, VmSource};
+pub use vm::{Channel, Frozen, Input, Run, RunEvent, Shape, Vm, VmFigures, VmSource};
+pub use vms::{Begun, Usage};
+pub use watch::{NoWatch, Parting, VmEnd, VmStarted, VmWatch};
 pub use workers::Workers;

@@ -12,7 +12,7 @@ use super::config::{PoolConfig, SessionConfig};
 use super::line::lock;
 use super::metrics::{Degradation, Metrics, Phase};
 use super::reaper::Reaper;
-use super::vm::{Shape, Vm, VmSource};
+use super::vm::{Frozen, Shape, Vm, VmSource};
 
 /// A VM that is ended by the reaper unless somebody keeps it.
 #[derive(Debug)]
@@ -139,6 +139,21 @@ impl Pool {
                 Err(error)
             }
         }
+    }
+
+    /// Restores a VM that was frozen mid-flight. Its failures are its own: they count against no shape.
+    pub(crate) async fn thaw(&self, frozen: &Frozen) -> anyhow::Result<Leased> {
+        let _restoring = self.restores.acquire().await?;
+        let generation = self.next_generation.fetch_add(1, Ordering::Relaxed);
+        let began = Instant::now();
+        let restored = self.source.restore(frozen, generation).await;
+        let vm = restored.inspect_err(|_| self.metrics.degraded(Degradation::RestoreFailed))?;
+        self.metrics.phase(Phase::Restore, began.elapsed());
+        Ok(Leased {
+            vm: Some(vm),
+            generation,
+            reaper: self.reaper.clone(),
+        })
     }
 
     /// Counts VMs of this shape that came up but would not be renewed as failures, too.

@@ -42,6 +42,12 @@ pub trait SessionRows: Debug + Send + Sync + 'static {
     /// It could not be written.
     fn started(&self, id: SessionId, vm_id: String) -> BoxFuture<'_, anyhow::Result<()>>;
 
+    /// Changes what a session's next VM is made by.
+    ///
+    /// # Errors
+    /// It could not be written.
+    fn respec(&self, id: SessionId, spec: SessionSpec) -> BoxFuture<'_, anyhow::Result<()>>;
+
     /// Removes rows.
     ///
     /// # Errors
@@ -70,6 +76,10 @@ impl SessionRows for NoRows {
     }
 
     fn started(&self, _: SessionId, _: String) -> BoxFuture<'_, anyhow::Result<()>> {
+        Box::pin(async { Ok(()) })
+    }
+
+    fn respec(&self, _: SessionId, _: SessionSpec) -> BoxFuture<'_, anyhow::Result<()>> {
         Box::pin(async { Ok(()) })
     }
 

@@ -1,5 +1,6 @@
 //! One session: its line and what became of its VM.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
@@ -16,7 +17,10 @@ pub(crate) struct Session {
     pub(crate) tenant: TenantId,
     pub(crate) id: SessionId,
     pub(crate) created_at: SystemTime,
-    pub(crate) spec: SessionSpec,
+    /// What its next VM is made by.
+    spec: Mutex<Arc<SessionSpec>>,
+    /// Commands it was given since the server started.
+    commands: AtomicU64,
     pub(crate) line: Arc<Line>,
     /// Held for moments only, never across an await.
     state: Mutex<State>,
@@ -67,21 +71,70 @@ impl Session {
         id: SessionId,
         spec: SessionSpec,
         created_at: SystemTime,
-        last_vm: Option<String>,
+        last_vm: Option<(String, End)>,
     ) -> Self {
-        let gone = || End::Failed("the server was restarted".into());
-        let slot = last_vm.map_or(Slot::None, |vm_id| Slot::Ended(vm_id, gone()));
+        let slot = last_vm.map_or(Slot::None, |(vm_id, how)| Slot::Ended(vm_id, how));
         Self {
             tenant,
             id,
             created_at,
-            spec,
+            spec: Mutex::new(Arc::new(spec)),
+            commands: AtomicU64::new(0),
             line: Arc::default(),
             state: Mutex::new(State {
                 slot,
                 last_used: Instant::now(),
                 kills: 0,
             }),
+        }
+    }
+
+    /// What its next VM is made by.
+    pub(crate) fn spec(&self) -> Arc<SessionSpec> {
+        lock(&self.spec).clone()
+    }
+
+    /// Makes its next VM by something else.
+    pub(crate) fn set_spec(&self, spec: SessionSpec) {
+        *lock(&self.spec) = Arc::new(spec);
+    }
+
+    /// Notes that it was given a command; gives the number of kills so far.
+    pub(crate) fn commanded(&self) -> u64 {
+        self.commands.fetch_add(1, Ordering::Relaxed);
+        self.touch()
+    }
+
+    /// Commands it was given since the server started.
+    pub(crate) fn commands(&self) -> u64 {
+        self.commands.load(Ordering::Relaxed)
+    }
+
+    /// Its VM's id, if that is suspended.
+    pub(crate) fn suspended(&self) -> Option<String> {
+        match &lock(&self.state).slot {
+            Slot::Ended(vm_id, End::Suspended) => Some(vm_id.clone()),
+            _ => None,
+        }
+    }
+
+    /// Notes that its suspended VM is given up for good. False: that one is not suspended.
+    pub(crate) fn give_up(&self, vm_id: &str) -> bool {
+        let mut state = lock(&self.state);
+        match &mut state.slot {
+            Slot::Ended(suspended, how) if suspended == vm_id && *how == End::Suspended => {
+                *how = End::Killed;
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// The VM that runs, if it is this one.
+    pub(crate) fn running(&self, vm_id: &str) -> Option<Arc<Live>> {
+        match &lock(&self.state).slot {
+            Slot::Active(live) if live.vm_id == vm_id => Some(live.clone()),
+            _ => None,
         }
     }
 
@@ -103,8 +156,8 @@ impl Session {
             Slot::Active(live) => live.clone(),
             _ => return None,
         };
-        if Instant::now() >= live.expires {
-            self.end_vm(&live, End::Expired(self.spec.lifetime), reaper);
+        if Instant::now() >= live.expires && !live.lingers.load(Ordering::Acquire) {
+            self.end_vm(&live, End::Expired(self.spec().lifetime), reaper);
             return None;
         }
         Some(live)
@@ -136,9 +189,17 @@ impl Session {
 
     /// Ends whatever VM there is.
     pub(crate) fn kill(&self, how: End, reaper: &Reaper) -> Killed {
+        self.kill_only(None, how, reaper)
+    }
+
+    /// As [`Self::kill`], but only if it is this VM.
+    pub(crate) fn kill_only(&self, only: Option<&str>, how: End, reaper: &Reaper) -> Killed {
+        let other = |vm_id: &str| only.is_some_and(|only| only != vm_id);
         let live = {
             let mut state = lock(&self.state);
             match &state.slot {
+                Slot::Starting { vm_id, .. } if other(vm_id) => return Killed::Nothing,
+                Slot::Active(live) if other(&live.vm_id) => return Killed::Nothing,
                 Slot::Starting { vm_id, .. } => {
                     let vm_id = vm_id.clone();
                     state.kills += 1;
@@ -159,7 +220,13 @@ impl Session {
     /// How long it has been unused; `None` while it has a VM or a command.
     pub(crate) fn unused_for(&self) -> Option<Duration> {
         let state = lock(&self.state);
-        let idle = matches!(state.slot, Slot::None | Slot::Ended(..)) && self.line.is_free();
+        // Whoever suspended a VM means to come back.
+        let gone = match &state.slot {
+            Slot::None => true,
+            Slot::Ended(_, how) => *how != End::Suspended,
+            Slot::Starting { .. } | Slot::Active(_) => false,
+        };
+        let idle = gone && self.line.is_free();
         idle.then(|| state.last_used.elapsed())
     }
 
@@ -170,17 +237,17 @@ impl Session {
         let mut view = SessionView {
             id: self.id.clone(),
             created_at: self.created_at,
-            spec: self.spec.clone(),
+            spec: (*self.spec()).clone(),
             vm: None,
             uptime: None,
             expires_in: None,
         };
         match slot {
             Slot::None => {}
-            Slot::Active(live) if now < live.expires => {
+            Slot::Active(live) if now < live.expires || live.lingers.load(Ordering::Acquire) => {
                 view.vm = Some((live.vm_id.clone(), VmStatus::Active));
                 view.uptime = Some(now.duration_since(live.started));
-                view.expires_in = Some(live.expires.duration_since(now));
+                view.expires_in = Some(live.expires.saturating_duration_since(now));
             }
             Slot::Active(live) => view.vm = Some((live.vm_id.clone(), VmStatus::Killed)),
             Slot::Starting { before, .. } => {
@@ -196,6 +263,7 @@ fn status(how: &End) -> VmStatus {
     match how {
         End::Killed | End::Expired(_) | End::Drained => VmStatus::Killed,
         End::Failed(_) => VmStatus::Failed,
+        End::Suspended => VmStatus::Suspended,
     }
 }
 
@@ -217,16 +285,12 @@ impl Starting {
         Ok(())
     }
 
-    /// Whether the session had a VM before.
-    pub(crate) fn is_restart(&self) -> bool {
-        let state = lock(&self.session.state);
-        matches!(
-            state.slot,
-            Slot::Starting {
-                before: Some(_),
-                ..
-            }
-        )
+    /// The VM that the session had before, and how that ended.
+    pub(crate) fn before(&self) -> Option<(String, End)> {
+        match &lock(&self.session.state).slot {
+            Slot::Starting { before, .. } => before.clone(),
+            _ => None,
+        }
     }
 }
 

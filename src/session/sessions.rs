@@ -30,6 +30,7 @@ use super::types::{
     TenantId,
 };
 use super::vm::VmSource;
+use super::watch::{NoWatch, VmWatch};
 use super::workers::Workers;
 use crate::store::{Store, StoredSessions};
 
@@ -45,7 +46,7 @@ const LAST_WAIT: Duration = Duration::from_secs(10);
 /// All sessions. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Sessions {
-    core: Arc<Core>,
+    pub(super) core: Arc<Core>,
 }
 
 impl Sessions {
@@ -58,20 +59,35 @@ impl Sessions {
         config: SessionConfig,
         store: Store,
         workers: Workers,
+        watch: Arc<dyn VmWatch>,
         metrics: &mut Registry,
     ) -> anyhow::Result<Self> {
         let rows = Arc::new(StoredSessions::new(store));
-        Self::with_source(config, rows, Arc::new(workers), metrics).await
+        Self::with_watch(config, rows, Arc::new(workers), watch, metrics).await
+    }
+
+    /// As [`Self::with_watch`], with nobody who keeps account of VMs.
+    ///
+    /// # Errors
+    /// As [`Self::with_watch`].
+    pub async fn with_source(
+        config: SessionConfig,
+        rows: Arc<dyn SessionRows>,
+        source: Arc<dyn VmSource>,
+        metrics: &mut Registry,
+    ) -> anyhow::Result<Self> {
+        Self::with_watch(config, rows, source, Arc::new(NoWatch), metrics).await
     }
 
     /// Loads the known sessions and begins to fill the pool in the background.
     ///
     /// # Errors
     /// The configuration is wrong, or the store cannot be read.
-    pub async fn with_source(
+    pub async fn with_watch(
         config: SessionConfig,
         rows: Arc<dyn SessionRows>,
         source: Arc<dyn VmSource>,
+        watch: Arc<dyn VmWatch>,
         metrics: &mut Registry,
     ) -> anyhow::Result<Self> {
         config.check().map_err(anyhow::Error::msg)?;
@@ -88,6 +104,14 @@ impl Sessions {
                 created_at,
                 last_vm,
             } = row;
+            let last_vm = last_vm.map(|vm_id| {
+                let how = if watch.is_suspended(&vm_id) {
+                    End::Suspended
+                } else {
+                    End::Failed("the server was restarted".into())
+                };
+                (vm_id, how)
+            });
             let session = Session::restored(tenant, id, spec, created_at, last_vm);
             // They were admitted once; a limit lowered since takes effect with new ones.
             if table.insert(Arc::new(session), usize::MAX).is_err() {
@@ -101,6 +125,7 @@ impl Sessions {
             limits: Limits::new(&config, host_memory),
             reaper,
             rows,
+            watch,
             metrics,
             budget: Budget::new(config.output_total_bytes),
             running: watch::Sender::new(0),
@@ -124,37 +149,10 @@ impl Sessions {
         spec: SessionSpec,
     ) -> Result<SessionId, SessionError> {
         let core = &self.core;
-        if core.is_draining() {
-            return Err(SessionError::ShuttingDown);
-        }
-        let id = SessionId::mint();
         let eager = !spec.env.is_empty();
-        let session = Arc::new(Session::new(tenant.clone(), id.clone(), spec));
-        let row = SessionRow {
-            tenant: tenant.clone(),
-            id: id.clone(),
-            spec: session.spec.clone(),
-            created_at: session.created_at,
-            last_vm: None,
-        };
-        let limit = core.config.max_sessions_per_tenant;
-        let forgotten = core.table.insert(session.clone(), limit);
-        let forgotten = forgotten.map_err(|TooMany| {
-            core.metrics.degraded(Degradation::Refused);
-            SessionError::TooManySessions { limit }
-        })?;
-        // Undone by its drop if anything below fails, or if the caller goes away.
-        let mut entry = Entry {
-            core: core.clone(),
-            session: Some(session.clone()),
-        };
-        forget_rows(core, forgotten);
-        core.metrics.sessions.set(core.table.len() as i64);
-        if let Err(error) = core.rows.insert(row).await {
-            core.metrics.degraded(Degradation::StoreFailed);
-            tracing::error!("a session could not be stored: {error:#}");
-            return Err(SessionError::Unavailable(error));
-        }
+        let entry = self.admit(tenant, spec).await?;
+        let session = entry.session()?;
+        let id = session.id.clone();
         if eager {
             let Ok(place) = session.line.join(0) else {
                 return Err(SessionError::NotFound(id));
@@ -166,8 +164,48 @@ impl Sessions {
                 Err(NoVm::Error(error)) => return Err(error),
             }
         }
-        entry.session = None;
+        entry.keep();
         Ok(id)
+    }
+
+    /// Makes a session that is undone unless the entry is kept.
+    pub(super) async fn admit(
+        &self,
+        tenant: &TenantId,
+        spec: SessionSpec,
+    ) -> Result<Entry, SessionError> {
+        let core = &self.core;
+        if core.is_draining() {
+            return Err(SessionError::ShuttingDown);
+        }
+        let id = SessionId::mint();
+        let session = Arc::new(Session::new(tenant.clone(), id.clone(), spec));
+        let row = SessionRow {
+            tenant: tenant.clone(),
+            id: id.clone(),
+            spec: (*session.spec()).clone(),
+            created_at: session.created_at,
+            last_vm: None,
+        };
+        let limit = core.config.max_sessions_per_tenant;
+        let forgotten = core.table.insert(session.clone(), limit);
+        let forgotten = forgotten.map_err(|TooMany| {
+            core.metrics.degraded(Degradation::Refused);
+            SessionError::TooManySessions { limit }
+        })?;
+        // Undone by its drop if anything below fails, or if the caller goes away.
+        let entry = Entry {
+            core: core.clone(),
+            session: Some(session.clone()),
+        };
+        forget_rows(core, forgotten);
+        core.metrics.sessions.set(core.table.len() as i64);
+        if let Err(error) = core.rows.insert(row).await {
+            core.metrics.degraded(Degradation::StoreFailed);
+            tracing::error!("a session could not be stored: {error:#}");
+            return Err(SessionError::Unavailable(error));
+        }
+        Ok(entry)
     }
 
     /// What can be told about a session.
@@ -189,7 +227,7 @@ impl Sessions {
         }
         let session = self.session(tenant, id)?;
         let limit = self.core.config.max_waiting;
-        let kills = session.touch();
+        let kills = session.commanded();
         let place = session.line.join(limit).map_err(|Full| {
             self.core.metrics.degraded(Degradation::Refused);
             SessionError::QueueFull { limit }
@@ -295,16 +333,39 @@ impl Sessions {
         &self.core
     }
 
-    fn session(&self, tenant: &TenantId, id: &SessionId) -> Result<Arc<Session>, SessionError> {
+    pub(super) fn session(
+        &self,
+        tenant: &TenantId,
+        id: &SessionId,
+    ) -> Result<Arc<Session>, SessionError> {
         let session = self.core.table.get(tenant, id);
         session.ok_or_else(|| SessionError::NotFound(id.clone()))
     }
 }
 
 /// A session that its creator has not been told of yet.
-struct Entry {
+pub(super) struct Entry {
     core: Arc<Core>,
     session: Option<Arc<Session>>,
+}
+
+impl Entry {
+    pub(super) fn of(core: Arc<Core>, session: Arc<Session>) -> Self {
+        Self {
+            core,
+            session: Some(session),
+        }
+    }
+
+    pub(super) fn session(&self) -> Result<Arc<Session>, SessionError> {
+        let gone = || SessionError::Unavailable(anyhow::anyhow!("a session went before it came"));
+        self.session.clone().ok_or_else(gone)
+    }
+
+    /// The session stays.
+    pub(super) fn keep(mut self) {
+        self.session = None;
+    }
 }
 
 impl Drop for Entry {

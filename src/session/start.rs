@@ -1,20 +1,31 @@
 //! Gives a session its VM: admission, claim, renewal.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, SystemTime};
 
+use anyhow::Context;
 use tokio::time::Instant;
 
 use super::core::Core;
-use super::identity::identity;
+use super::identity::{identity, settle};
+use super::line::Full;
 use super::live::{End, Live};
 use super::metrics::{Degradation, Phase};
 use super::pool::Leased;
 use super::session::Session;
-use super::types::{PlanLimits, SessionError, SessionId};
+use super::types::{PlanLimits, SessionError, SessionId, SessionSpec};
+use super::vm::Frozen;
+use super::watch::{Parting, VmEnd, VmStarted};
 
 /// Restored VMs that may fail to confirm their identity before the session is refused.
 const RENEW_TRIES: usize = 2;
+
+/// How long a VM restored from a snapshot is given to finish what it was at.
+const SETTLE: Duration = Duration::from_secs(10);
+
+/// How long a VM that is to be frozen at the end of its lifetime waits for the command that runs.
+const LAST_COMMAND: Duration = Duration::from_secs(5);
 
 /// Why there is no VM for a command.
 #[derive(Debug)]
@@ -44,12 +55,35 @@ impl Core {
         if let Some(live) = session.live(&self.reaper) {
             return Ok((live, false));
         }
+        let from = match session.suspended() {
+            Some(vm_id) => Some(self.watch.wake(&vm_id).await?),
+            None => None,
+        };
+        self.begin(session, limits, kills, mint_vm_id(), from).await
+    }
+
+    /// Starts a VM for a session that has none. The caller has the session's turn.
+    pub(crate) async fn begin(
+        self: &Arc<Self>,
+        session: &Arc<Session>,
+        limits: PlanLimits,
+        kills: u64,
+        vm_id: String,
+        from: Option<Arc<Frozen>>,
+    ) -> Result<(Arc<Live>, bool), NoVm> {
         let permits = self.limits.admit(&session.tenant, limits).await;
         let permits = permits.inspect_err(|_| self.metrics.degraded(Degradation::Refused))?;
-        let vm_id = uuid::Uuid::new_v4().to_string();
         let starting = session.starting(vm_id.clone());
-        let restarted = starting.is_restart();
-        let leased = self.take(session, &vm_id).await.map_err(|error| {
+        let (restarted, resumes) = match starting.before() {
+            Some((old, End::Suspended)) if from.is_some() => (false, Some(old)),
+            before => (before.is_some(), None),
+        };
+        let spec = session.spec();
+        let leased = match &from {
+            Some(frozen) => self.thaw(&spec, &vm_id, frozen).await,
+            None => self.take(&spec, &vm_id).await,
+        };
+        let leased = leased.map_err(|error| {
             tracing::error!(vm = vm_id, "a session got no VM: {error:#}");
             SessionError::Unavailable(error)
         })?;
@@ -57,11 +91,26 @@ impl Core {
             let empty = anyhow::anyhow!("a claimed VM was empty");
             return Err(SessionError::Unavailable(empty).into());
         };
-        let live = Arc::new(Live::new(vm_id, vm, session.spec.lifetime, permits));
+        vm.set_share(spec.vcpus);
+        let live = Arc::new(Live::new(vm_id, vm, spec.lifetime, permits));
         if let Err(live) = starting.done(live.clone(), kills) {
             live.end(End::Killed, &self.reaper);
             return Err(NoVm::Killed);
         }
+        let shape = from.as_ref().map(|frozen| frozen.shape);
+        let lingers = self.watch.started(VmStarted {
+            tenant: session.tenant.clone(),
+            session: session.id.clone(),
+            vm_id: live.vm_id.clone(),
+            memory_mib: shape
+                .unwrap_or_else(|| self.config.shape(spec.memory_mib, spec.vcpus))
+                .memory_mib,
+            expires_at: SystemTime::now() + spec.lifetime,
+            snapshot: from.map(|frozen| frozen.snapshot.clone()),
+            resumes,
+            spec,
+        });
+        live.lingers.store(lingers, Ordering::Release);
         self.metrics.vms.inc();
         tokio::spawn(keep(self.clone(), session.clone(), live.clone()));
         if self.is_draining() {
@@ -72,8 +121,7 @@ impl Core {
     }
 
     /// Claims VMs until one confirms that it is this session's; the others are ended.
-    async fn take(&self, session: &Session, vm_id: &str) -> anyhow::Result<Leased> {
-        let spec = &session.spec;
+    async fn take(&self, spec: &SessionSpec, vm_id: &str) -> anyhow::Result<Leased> {
         let shape = self.config.shape(spec.memory_mib, spec.vcpus);
         if shape != self.config.pool_shape() || self.pool.parked() == 0 {
             self.pool.prepare(shape).await?;
@@ -87,7 +135,7 @@ impl Core {
             })??;
             self.metrics.phase(Phase::Claim, began.elapsed());
             let began = Instant::now();
-            match self.renew(session, vm_id, &leased).await {
+            match self.renew(spec, vm_id, &leased).await {
                 Ok(()) => {
                     self.metrics.phase(Phase::Renew, began.elapsed());
                     self.pool.proved(shape);
@@ -102,13 +150,33 @@ impl Core {
         Err(last)
     }
 
-    async fn renew(&self, session: &Session, vm_id: &str, leased: &Leased) -> anyhow::Result<()> {
+    /// Restores a frozen VM and makes it this session's; one that does not confirm it is ended.
+    async fn thaw(
+        &self,
+        spec: &SessionSpec,
+        vm_id: &str,
+        frozen: &Frozen,
+    ) -> anyhow::Result<Leased> {
+        let leased = self.pool.thaw(frozen).await?;
+        let began = Instant::now();
+        let renewed = self.renew(spec, vm_id, &leased).await;
+        renewed
+            .inspect_err(|_| self.metrics.degraded(Degradation::RenewFailed))
+            .context("a VM restored from a snapshot did not confirm its new identity")?;
+        self.metrics.phase(Phase::Renew, began.elapsed());
+        if let Some(vm) = leased.vm() {
+            let settled = settle(&**vm, SETTLE).await;
+            settled.context("a VM restored from a snapshot does not run")?;
+        }
+        Ok(leased)
+    }
+
+    async fn renew(&self, spec: &SessionSpec, vm_id: &str, leased: &Leased) -> anyhow::Result<()> {
         let Some(vm) = leased.vm() else {
             anyhow::bail!("it is gone");
         };
         let short: String = vm_id.chars().filter(|c| *c != '-').take(8).collect();
-        let env = session.spec.env.clone();
-        let renew = identity(leased.generation, format!("thaw-{short}"), env)?;
+        let renew = identity(leased.generation, format!("thaw-{short}"), spec.env.clone())?;
         let wait = Duration::from_millis(self.config.renew_wait_ms);
         tokio::time::timeout(wait, vm.renew(renew))
             .await
@@ -122,16 +190,49 @@ async fn keep(core: Arc<Core>, session: Arc<Session>, live: Arc<Live>) {
     let how = tokio::select! {
         biased;
         how = live.ended() => how,
-        () = tokio::time::sleep_until(live.expires) => End::Expired(session.spec.lifetime),
+        how = expire(&core, &session, &live) => how,
         reason = live.vm.died() => End::Failed(reason),
     };
     if let End::Failed(reason) = &how {
         core.metrics.degraded(Degradation::VmDied);
         tracing::warn!(vm = live.vm_id, reason, "a session's VM died");
     }
-    session.end_vm(&live, how, &core.reaper);
+    session.end_vm(&live, how.clone(), &core.reaper);
     session.touch();
     core.metrics.vms.dec();
+    // Whoever ended it first is right about why.
+    let how = match live.how_ended().unwrap_or(how) {
+        End::Killed => VmEnd::Killed,
+        End::Expired(_) => VmEnd::Expired,
+        End::Failed(reason) => VmEnd::Failed(reason),
+        End::Drained => VmEnd::Drained,
+        End::Suspended => VmEnd::Suspended,
+    };
+    core.watch.ended(&live.vm_id, how);
+}
+
+/// Waits for the end of a VM's lifetime, and for what somebody wants to do with it then.
+async fn expire(core: &Core, session: &Session, live: &Live) -> End {
+    tokio::time::sleep_until(live.expires).await;
+    if !live.lingers.load(Ordering::Acquire) {
+        return End::Expired(session.spec().lifetime);
+    }
+    // A command under way may finish, if it is quick: nothing new gets the VM meanwhile.
+    let turn = match session.line.join(usize::MAX) {
+        Ok(place) => tokio::time::timeout(LAST_COMMAND, place.turn()).await.ok(),
+        Err(Full) => None,
+    };
+    let parting = core.watch.expiring(&live.vm_id, &live.vm).await;
+    drop(turn);
+    match parting {
+        Parting::End => End::Expired(session.spec().lifetime),
+        Parting::Suspend => End::Suspended,
+    }
+}
+
+/// A fresh VM's id.
+pub(crate) fn mint_vm_id() -> String {
+    uuid::Uuid::new_v4().to_string()
 }
 
 /// Stores which VM the session has, for a server that starts after this one.

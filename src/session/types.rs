@@ -107,6 +107,18 @@ pub struct Attached {
     pub feed: Option<std::sync::Arc<super::Feed>>,
     /// The command is stopped when this becomes true.
     pub cancel: Option<tokio::sync::watch::Receiver<bool>>,
+    /// Who must know that the command starts before it can have any effect.
+    pub witness: Option<std::sync::Arc<dyn Witness>>,
+}
+
+/// Somebody who must know that a command starts: asked when its VM is in hand, before the VM is given
+/// the command. So what was not witnessed has certainly not run.
+pub trait Witness: std::fmt::Debug + Send + Sync {
+    /// Takes note.
+    ///
+    /// # Errors
+    /// It cannot; the command is not started then.
+    fn starts(&self) -> futures_util::future::BoxFuture<'_, anyhow::Result<()>>;
 }
 
 /// How a command ended. A command that failed or overran is an outcome, not an error.
@@ -143,6 +155,8 @@ pub enum VmStatus {
     Killed,
     /// It ended by an error.
     Failed,
+    /// It is frozen on disk and can be resumed.
+    Suspended,
 }
 
 /// What can be told about a session.
@@ -198,6 +212,20 @@ pub enum SessionError {
         /// The configured number.
         limit: usize,
     },
+    /// The session's VM is suspended, and is resumed by its owner only. HTTP 409.
+    #[error(
+        "VM {0} is suspended; resume it with POST /v1/vms/{0}/resume, or let commands wake it by auto_resume"
+    )]
+    Asleep(String),
+    /// The session has a VM already. HTTP 409.
+    #[error("the session already has VM {0}; end it first, or use another session")]
+    HasVm(String),
+    /// What was asked for cannot be done in the state that things are in; says why. HTTP 409.
+    #[error("{0}")]
+    Conflict(String),
+    /// The VM was ended while it was being started. HTTP 409.
+    #[error("the VM was ended while it was being started")]
+    EndedEarly,
     /// Too many terminals and file transfers at once. HTTP 429.
     #[error("{limit} terminals and file transfers are the most one VM serves at once; close one")]
     TooManyProcesses {

@@ -4,7 +4,9 @@
 //! run on fakes and a new kind of machine needs only another [`VmSource`].
 
 use std::fmt::Debug;
+use std::fs::File;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
@@ -25,6 +27,28 @@ impl std::fmt::Display for Shape {
     }
 }
 
+/// A VM frozen in files, which others can be restored from.
+#[derive(Debug)]
+pub struct Frozen {
+    /// The snapshot's id.
+    pub snapshot: String,
+    /// What a VM restored from it is like.
+    pub shape: Shape,
+    /// Everything but memory.
+    pub state: File,
+    /// Guest memory; nobody writes to it any more.
+    pub memory: File,
+}
+
+/// Figures about a running VM.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct VmFigures {
+    /// Processor time that it took, all told.
+    pub cpu: Duration,
+    /// Bytes of memory that belong to it alone.
+    pub memory_bytes: u64,
+}
+
 /// Makes VMs.
 pub trait VmSource: Debug + Send + Sync + 'static {
     /// Makes sure that there is a template of this shape; may take as long as a build. The
@@ -40,6 +64,16 @@ pub trait VmSource: Debug + Send + Sync + 'static {
     /// # Errors
     /// No VM could be made; the message is for the operator.
     fn start(&self, shape: Shape, generation: u64) -> BoxFuture<'_, anyhow::Result<Arc<dyn Vm>>>;
+
+    /// As [`Self::start`], from a VM that was frozen mid-flight.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    fn restore<'a>(
+        &'a self,
+        frozen: &'a Frozen,
+        generation: u64,
+    ) -> BoxFuture<'a, anyhow::Result<Arc<dyn Vm>>>;
 }
 
 /// One VM. Dropping the last handle ends it, too, but on the dropper's time: sessions
@@ -57,6 +91,21 @@ pub trait Vm: Debug + Send + Sync + 'static {
     /// # Errors
     /// The VM does not take commands any more.
     fn execute(&self, command: Execute) -> BoxFuture<'_, anyhow::Result<Box<dyn Run>>>;
+
+    /// Freezes the VM into two empty files; it goes on running.
+    ///
+    /// # Errors
+    /// It could not be brought to a good moment, or the files could not be written.
+    fn save(&self, state: File, memory: File) -> BoxFuture<'_, anyhow::Result<()>>;
+
+    /// Figures about the VM.
+    ///
+    /// # Errors
+    /// It does not answer.
+    fn figures(&self) -> BoxFuture<'_, anyhow::Result<VmFigures>>;
+
+    /// Gives the VM this share of the processor, in vCPUs' worth.
+    fn set_share(&self, vcpus: u32);
 
     /// Starts a process beside the commands. Dropping the channel leaves the process to itself.
     ///

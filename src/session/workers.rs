@@ -1,15 +1,17 @@
 //! Real VMs: workers restored from templates.
 
+use std::fs::File;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use futures_util::future::BoxFuture;
 use thaw_vmm::protocol::{Death, Tuning};
 use thaw_wire::message::{Execute, Process, Renew, Signal};
 
-use super::vm::{Channel, Input, Run, RunEvent, Shape, Vm, VmSource};
+use super::vm::{Channel, Frozen, Input, Run, RunEvent, Shape, Vm, VmFigures, VmSource};
 use crate::template::Templates;
-use crate::worker::{Event, Feeder, Launcher, Running, Worker};
+use crate::worker::{Event, Feeder, Launcher, Running, Started, Worker};
 
 /// Starts a worker process for each VM and restores a template in it.
 #[derive(Debug)]
@@ -52,20 +54,46 @@ impl VmSource for Workers {
                     Some(&template.working_set),
                 )
                 .await?;
-            let ready = &started.ready;
-            anyhow::ensure!(
-                ready.generation == generation && ready.warm,
-                "a VM restored as generation {generation} says that it is generation {}, {}",
-                ready.generation,
-                if ready.warm { "warm" } else { "not warm" }
-            );
-            tracing::debug!(pid = worker.pid(), generation, phases = ?started.phases_us, "restored");
-            Ok(Arc::new(WorkerVm {
-                worker,
-                console_logged: Arc::default(),
-            }) as Arc<dyn Vm>)
+            ready(worker, &started, generation)
         })
     }
+
+    fn restore<'a>(
+        &'a self,
+        frozen: &'a Frozen,
+        generation: u64,
+    ) -> BoxFuture<'a, anyhow::Result<Arc<dyn Vm>>> {
+        Box::pin(async move {
+            let worker = self.launcher.spawn().await?;
+            let working_set = None::<&File>;
+            let started = worker
+                .restore(
+                    generation,
+                    self.tuning,
+                    &frozen.state,
+                    &frozen.memory,
+                    working_set,
+                )
+                .await?;
+            ready(worker, &started, generation)
+        })
+    }
+}
+
+/// A restored VM, if it is the one that was asked for.
+fn ready(worker: Worker, started: &Started, generation: u64) -> anyhow::Result<Arc<dyn Vm>> {
+    let ready = &started.ready;
+    anyhow::ensure!(
+        ready.generation == generation && ready.warm,
+        "a VM restored as generation {generation} says that it is generation {}, {}",
+        ready.generation,
+        if ready.warm { "warm" } else { "not warm" }
+    );
+    tracing::debug!(pid = worker.pid(), generation, phases = ?started.phases_us, "restored");
+    Ok(Arc::new(WorkerVm {
+        worker,
+        console_logged: Arc::default(),
+    }))
 }
 
 /// A worker's VM.
@@ -86,6 +114,24 @@ impl Vm for WorkerVm {
         Box::pin(async move { Ok(Box::new(WorkerRun(running?)) as Box<dyn Run>) })
     }
 
+    fn save(&self, state: File, memory: File) -> BoxFuture<'_, anyhow::Result<()>> {
+        Box::pin(async move {
+            let saved = self.worker.save(state, memory).await?;
+            tracing::debug!(pid = self.worker.pid(), ?saved, "a VM was frozen");
+            Ok(())
+        })
+    }
+
+    fn figures(&self) -> BoxFuture<'_, anyhow::Result<VmFigures>> {
+        Box::pin(async move {
+            let stats = self.worker.stats().await?;
+            Ok(VmFigures {
+                cpu: Duration::from_micros(stats.cpu_us),
+                memory_bytes: stats.private_pages * 4096,
+            })
+        })
+    }
+
     fn open(&self, process: Process) -> BoxFuture<'_, anyhow::Result<Channel>> {
         let opened = self.worker.process(process);
         Box::pin(async move {
@@ -95,6 +141,10 @@ impl Vm for WorkerVm {
                 input: Arc::new(WorkerInput(feeder)),
             })
         })
+    }
+
+    fn set_share(&self, vcpus: u32) {
+        super::share::give(self.worker.pid(), vcpus);
     }
 
     fn died(&self) -> BoxFuture<'static, String> {

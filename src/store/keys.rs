@@ -1,7 +1,7 @@
 //! API keys. The key itself is never stored: only its SHA-256 (keys have 256 random bits, so a
 //! slow hash would add nothing) and a lookup text that finds the row.
 
-use rusqlite::{Connection, Row, params};
+use rusqlite::{Connection, OptionalExtension, Row, params};
 
 use super::now_ms;
 
@@ -24,6 +24,8 @@ pub struct KeyRow {
     pub created_ms: i64,
     /// When it was revoked, if it was.
     pub revoked_ms: Option<i64>,
+    /// When it was last used, as far as that is stored.
+    pub last_used_ms: Option<i64>,
 }
 
 /// A key to be stored.
@@ -41,7 +43,7 @@ pub struct NewKey {
     pub plan: Option<String>,
 }
 
-const COLUMNS: &str = "id, user_id, name, lookup, hash, plan, created_ms, revoked_ms";
+const COLUMNS: &str = "id, user_id, name, lookup, hash, plan, created_ms, revoked_ms, last_used_ms";
 
 impl KeyRow {
     fn read(row: &Row<'_>) -> rusqlite::Result<Self> {
@@ -54,6 +56,7 @@ impl KeyRow {
             plan: row.get(5)?,
             created_ms: row.get(6)?,
             revoked_ms: row.get(7)?,
+            last_used_ms: row.get(8)?,
         })
     }
 
@@ -68,6 +71,81 @@ impl KeyRow {
             ))?
             .query_map([], Self::read)?
             .collect()
+    }
+
+    /// The user's keys in force, oldest first.
+    ///
+    /// # Errors
+    /// SQLite's.
+    pub fn of_user(connection: &Connection, user_id: &str) -> rusqlite::Result<Vec<Self>> {
+        connection
+            .prepare_cached(&format!(
+                "SELECT {COLUMNS} FROM keys WHERE user_id = ?1 AND revoked_ms IS NULL ORDER BY created_ms, id"
+            ))?
+            .query_map([user_id], Self::read)?
+            .collect()
+    }
+
+    /// One of the user's keys in force.
+    ///
+    /// # Errors
+    /// SQLite's.
+    pub fn get(connection: &Connection, user_id: &str, id: &str) -> rusqlite::Result<Option<Self>> {
+        connection
+            .query_row(
+                &format!(
+                    "SELECT {COLUMNS} FROM keys WHERE user_id = ?1 AND id = ?2 AND revoked_ms IS NULL"
+                ),
+                [user_id, id],
+                Self::read,
+            )
+            .optional()
+    }
+
+    /// Gives one of the user's keys another name. Whether there is such a key in force.
+    ///
+    /// # Errors
+    /// SQLite's.
+    pub fn rename(
+        connection: &Connection,
+        user_id: &str,
+        id: &str,
+        name: &str,
+    ) -> rusqlite::Result<bool> {
+        let changed = connection.execute(
+            "UPDATE keys SET name = ?3 WHERE user_id = ?1 AND id = ?2 AND revoked_ms IS NULL",
+            params![user_id, id, name],
+        )?;
+        Ok(changed == 1)
+    }
+
+    /// Revokes one of the user's keys. Whether there was such a key in force.
+    ///
+    /// # Errors
+    /// SQLite's.
+    pub fn revoke_of(connection: &Connection, user_id: &str, id: &str) -> rusqlite::Result<bool> {
+        let changed = connection.execute(
+            "UPDATE keys SET revoked_ms = ?3 WHERE user_id = ?1 AND id = ?2 AND revoked_ms IS NULL",
+            params![user_id, id, now_ms()],
+        )?;
+        Ok(changed == 1)
+    }
+
+    /// Stores when keys were last used: ids and times.
+    ///
+    /// # Errors
+    /// SQLite's.
+    pub fn used(connection: &mut Connection, uses: &[(String, i64)]) -> rusqlite::Result<()> {
+        let transaction = connection.transaction()?;
+        {
+            let mut update = transaction.prepare_cached(
+                "UPDATE keys SET last_used_ms = max(coalesce(last_used_ms, 0), ?2) WHERE id = ?1",
+            )?;
+            for (id, at) in uses {
+                update.execute(params![id, at])?;
+            }
+        }
+        transaction.commit()
     }
 
     /// Revokes the key of this id or lookup text. How many were revoked.

@@ -11,6 +11,11 @@ const STEPS: &[&str] = &[
     TASKS,
     super::sessions::SCHEMA,
     TASKS_CANCELLED,
+    super::vms::SCHEMA,
+    super::audit::SCHEMA,
+    super::ssh_keys::SCHEMA,
+    super::egress::SCHEMA,
+    "ALTER TABLE keys ADD COLUMN last_used_ms INTEGER;",
 ];
 
 /// Times are milliseconds since the Unix epoch. `epoch` invalidates a user's tokens when it grows.

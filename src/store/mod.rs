@@ -8,12 +8,16 @@
 //! Commits are synchronous (`synchronous=FULL`): when a call that wrote returns, the rows
 //! survive `kill -9` and a power cut.
 
+mod audit;
+mod egress;
 mod keys;
 mod migrations;
 mod plans;
 mod sessions;
+mod ssh_keys;
 mod tasks;
 mod users;
+mod vms;
 
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
@@ -24,11 +28,15 @@ use anyhow::Context;
 use rusqlite::Connection;
 use tokio::sync::{oneshot, watch};
 
+pub use audit::{AuditFilter, AuditRow};
+pub use egress::{get_egress, set_egress};
 pub use keys::{KeyRow, NewKey};
 pub use plans::PlanRow;
 pub use sessions::StoredSessions;
+pub use ssh_keys::SshKeyRow;
 pub use tasks::{NewTask, Submitted, TaskEnd, TaskRow, TaskState, language_name};
 pub use users::UserRow;
+pub use vms::VmRow;
 
 /// Calls that may wait for the store's thread. More than this many concurrent writers means that the
 /// disk is far behind; callers then wait to enter the queue instead of growing it.

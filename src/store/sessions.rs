@@ -126,6 +126,29 @@ impl SessionRows for StoredSessions {
         })
     }
 
+    fn respec(&self, id: SessionId, spec: SessionSpec) -> BoxFuture<'_, anyhow::Result<()>> {
+        Box::pin(async move {
+            let metadata = serde_json::to_string(&spec.metadata)?;
+            let env = serde_json::to_string(&spec.env)?;
+            let changed = self.store.call(move |connection| {
+                let mut update = connection.prepare_cached(
+                    "UPDATE sessions SET lifetime_ms = ?2, memory_mib = ?3, vcpus = ?4, metadata = ?5, env = ?6
+                     WHERE id = ?1",
+                )?;
+                update.execute(params![
+                    id.to_string(),
+                    millis(spec.lifetime),
+                    spec.memory_mib,
+                    spec.vcpus,
+                    metadata,
+                    env,
+                ])
+            });
+            changed.await?;
+            Ok(())
+        })
+    }
+
     fn forget(&self, ids: Vec<SessionId>) -> BoxFuture<'_, anyhow::Result<()>> {
         Box::pin(async move {
             let forgotten = self.store.call(move |connection| {

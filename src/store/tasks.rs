@@ -299,17 +299,6 @@ impl TaskRow {
         Ok(())
     }
 
-    /// Puts a task that did not get to run back into the queue.
-    ///
-    /// # Errors
-    /// SQLite's.
-    pub fn mark_queued(connection: &Connection, id: &str) -> rusqlite::Result<()> {
-        connection
-            .prepare_cached("UPDATE tasks SET state = 'queued', started_ms = NULL WHERE id = ?1")?
-            .execute([id])?;
-        Ok(())
-    }
-
     /// Notes what a running task has written so far.
     ///
     /// # Errors

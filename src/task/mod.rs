@@ -14,9 +14,9 @@ use std::time::Duration;
 use dashmap::DashMap;
 use tokio::sync::watch;
 
-use crate::backend::Backend;
+use crate::backend::{Backend, Ticket};
 use crate::config::TaskConfig;
-use crate::session::{Feed, Follower, SessionError, SessionId, TenantId};
+use crate::session::{Feed, Follower, SessionId, TenantId};
 use crate::store::{NewTask, Store, StoreError, Submitted, TaskRow, now_ms};
 
 /// Exit code of a task that was running when the server stopped: as if killed.
@@ -54,17 +54,6 @@ struct Live {
     /// Set by who cancels it.
     cancel: watch::Sender<bool>,
     done: watch::Sender<bool>,
-}
-
-/// Why a task was not taken.
-#[derive(Debug, thiserror::Error)]
-pub enum SubmitError {
-    /// The session does not take it.
-    #[error(transparent)]
-    Session(#[from] SessionError),
-    /// The database failed.
-    #[error(transparent)]
-    Store(#[from] StoreError),
 }
 
 impl Tasks {
@@ -108,18 +97,22 @@ impl Tasks {
         Ok(tasks)
     }
 
-    /// Takes a task. It is durable when this returns [`Submitted::New`]. Once called it must be
-    /// driven to its end: spawn it if the caller may go away.
+    /// Takes a task, whose place in its session's line is taken already. It is durable when this
+    /// returns [`Submitted::New`]. Once called it must be driven to its end: spawn it if the caller may go
+    /// away.
     ///
     /// # Errors
-    /// The session does not take it, or the database failed; nothing will run then.
-    pub async fn submit(&self, task: NewTask) -> Result<Submitted, SubmitError> {
+    /// The database failed; nothing will run then.
+    pub async fn submit(
+        &self,
+        task: NewTask,
+        ticket: Box<dyn Ticket>,
+    ) -> Result<Submitted, StoreError> {
         let inner = &self.inner;
         let tenant = TenantId(task.tenant.clone());
         let Some(session) = SessionId::parse(&task.session_id) else {
             return Ok(Submitted::Full(0));
         };
-        let ticket = inner.backend.accept(&tenant, &session)?;
         let limit = inner.config.max_open;
         let id = task.id.clone();
         let stored = task.clone();
@@ -128,7 +121,7 @@ impl Tasks {
         let submitted = inner.store.call(move |c| stored.insert(c, limit)).await;
         if !matches!(submitted, Ok(Submitted::New)) {
             inner.live.remove(&id);
-            return Ok(submitted?);
+            return submitted;
         }
         let job = run::Job {
             id,

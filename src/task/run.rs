@@ -3,11 +3,14 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::time::{Instant, MissedTickBehavior};
+use futures_util::future::BoxFuture;
+use tokio::time::Instant;
 
 use super::{Inner, Live};
 use crate::backend::Ticket;
-use crate::session::{Attached, Command, Outcome, PlanLimits, SessionError, SessionId, TenantId};
+use crate::session::{
+    Attached, Command, Outcome, PlanLimits, SessionError, SessionId, TenantId, Witness,
+};
 use crate::store::{Store, StoreError, TaskEnd, TaskRow};
 
 /// Exit code of a task that thaw could not run at all, as container tools have it.
@@ -16,6 +19,10 @@ const NOT_RUN: i32 = 125;
 /// First and longest pause between tries while the host or the plan is full.
 const RETRY_FIRST: Duration = Duration::from_millis(50);
 const RETRY_MOST: Duration = Duration::from_secs(2);
+
+/// Output of a running task that is written at the configured pace; twice as much is written half as
+/// often. So a task writes some hundred KiB a second to the database, however much it prints.
+const FLUSH_STEP: usize = 64 << 10;
 
 /// Tries to store a result before it is given up; the pause doubles from [`RETRY_FIRST`].
 const STORE_TRIES: u32 = 8;
@@ -70,7 +77,12 @@ impl Inner {
             let error = match result {
                 Ok(outcome) => return Some(outcome),
                 Err(SessionError::ShuttingDown) => return None,
-                Err(error @ (SessionError::NotFound(_) | SessionError::NoVm(_))) => {
+                Err(
+                    error @ (SessionError::NotFound(_)
+                    | SessionError::NoVm(_)
+                    | SessionError::Asleep(_)
+                    | SessionError::Conflict(_)),
+                ) => {
                     return Some(not_run(&error));
                 }
                 Err(error) => error,
@@ -97,34 +109,19 @@ impl Inner {
             // The ticket itself answers that it was cancelled.
             _ = cancel.wait_for(|cancel| *cancel) => {}
         }
-        // Before the command starts: a row that says `queued` has certainly not run.
-        if let Err(error) = self.mark(&job.id, TaskRow::mark_running).await {
-            return Err(SessionError::Unavailable(error.into()));
-        }
         let limits = PlanLimits {
             max_vms: job.max_vms,
         };
         let attached = Attached {
             feed: Some(live.output.clone()),
             cancel: Some(live.cancel.subscribe()),
+            witness: Some(Arc::new(Starts {
+                store: self.store.clone(),
+                id: job.id.clone(),
+            })),
         };
         let running = ticket.run(limits, job.command.clone(), attached);
-        let result = self.flushing(&job.id, live, running).await;
-        if result.is_err()
-            && let Err(error) = self.mark(&job.id, TaskRow::mark_queued).await
-        {
-            tracing::error!(task = job.id, %error, "a task that did not run is noted as running");
-        }
-        result
-    }
-
-    async fn mark(
-        &self,
-        id: &str,
-        mark: fn(&rusqlite::Connection, &str) -> rusqlite::Result<()>,
-    ) -> Result<(), StoreError> {
-        let id = id.to_owned();
-        self.store.call(move |c| mark(c, &id)).await
+        self.flushing(&job.id, live, running).await
     }
 
     /// Writes the output so far to the database while the command runs.
@@ -136,19 +133,21 @@ impl Inner {
     ) -> Result<Outcome, SessionError> {
         let mut news = live.output.watch();
         let every = Duration::from_millis(self.config.flush_ms);
-        let mut tick = tokio::time::interval_at(Instant::now() + every, every);
-        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut pause = every;
         let mut running = std::pin::pin!(running);
         loop {
             tokio::select! {
                 result = &mut running => return result,
-                _ = tick.tick() => {}
+                () = tokio::time::sleep(pause) => {}
             }
             if !news.has_changed().unwrap_or(false) {
                 continue;
             }
             news.mark_unchanged();
             let now = live.output.so_far();
+            // The whole is written each time, so the more there is the seldomer.
+            let steps = (now.stdout.len() + now.stderr.len()) / FLUSH_STEP;
+            pause = every * u32::try_from(steps + 1).unwrap_or(u32::MAX);
             let id = id.to_owned();
             let stored = self
                 .store
@@ -180,6 +179,25 @@ impl Inner {
             task = id,
             "a result is lost; the task will count as interrupted"
         );
+    }
+}
+
+/// Notes that a task runs, before its command can have any effect.
+#[derive(Debug)]
+struct Starts {
+    store: Store,
+    id: String,
+}
+
+impl Witness for Starts {
+    fn starts(&self) -> BoxFuture<'_, anyhow::Result<()>> {
+        Box::pin(async {
+            let id = self.id.clone();
+            Ok(self
+                .store
+                .call(move |c| TaskRow::mark_running(c, &id))
+                .await?)
+        })
     }
 }
 

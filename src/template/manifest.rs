@@ -4,6 +4,7 @@ use std::io::{Read, Write};
 use std::path::Path;
 
 use anyhow::{Context, bail};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use thaw_vmm::machine::MachineKind;
 
@@ -26,7 +27,7 @@ pub const SOURCES: &str = env!("THAW_VMM_SOURCES");
 const MAX_BYTES: u64 = 1 << 20;
 
 /// Guest memory, by content.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MemoryPart {
     /// Apparent length.
     pub bytes: u64,
@@ -84,14 +85,7 @@ impl Manifest {
     /// # Errors
     /// It is missing, malformed or of another format.
     pub fn read(path: &Path) -> anyhow::Result<Self> {
-        let file =
-            std::fs::File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
-        let mut text = String::new();
-        file.take(MAX_BYTES)
-            .read_to_string(&mut text)
-            .with_context(|| format!("cannot read {}", path.display()))?;
-        let manifest: Self = serde_json::from_str(&text)
-            .with_context(|| format!("{} is not a manifest", path.display()))?;
+        let manifest: Self = read_json(path)?;
         if manifest.format != FORMAT {
             bail!(
                 "{} has format {}, this thaw reads {FORMAT}",
@@ -102,6 +96,43 @@ impl Manifest {
         Ok(manifest)
     }
 
+    /// Whether this thaw on this host can run it faithfully.
+    ///
+    /// # Errors
+    /// It cannot; says why.
+    pub fn check_host(&self) -> anyhow::Result<()> {
+        let facts = Facts {
+            wire: self.wire,
+            thaw: &self.thaw,
+            sources: &self.sources,
+            cpu: &self.cpu,
+        };
+        facts.check_host()
+    }
+
+    /// Writes the manifest and forces it to disk.
+    ///
+    /// # Errors
+    /// It cannot be written.
+    pub fn write(&self, path: &Path) -> anyhow::Result<()> {
+        write_json(self, path)
+    }
+}
+
+/// What decides whether a frozen VM can run here, of templates and snapshots alike.
+#[derive(Clone, Copy, Debug)]
+pub struct Facts<'a> {
+    /// Version of the wire that its agent speaks.
+    pub wire: u32,
+    /// Version of thaw that froze it.
+    pub thaw: &'a str,
+    /// Fingerprint of the sources of the machine that froze it.
+    pub sources: &'a str,
+    /// Processor that it was frozen on.
+    pub cpu: &'a Cpu,
+}
+
+impl Facts<'_> {
     /// Whether this thaw on this host can run it faithfully.
     ///
     /// # Errors
@@ -129,20 +160,34 @@ impl Manifest {
         }
         Ok(())
     }
+}
 
-    /// Writes the manifest and forces it to disk.
-    ///
-    /// # Errors
-    /// It cannot be written.
-    pub fn write(&self, path: &Path) -> anyhow::Result<()> {
-        let mut text = serde_json::to_vec_pretty(self).context("cannot encode the manifest")?;
-        text.push(b'\n');
-        let mut file = std::fs::File::create(path)
-            .with_context(|| format!("cannot create {}", path.display()))?;
-        file.write_all(&text)
-            .and_then(|()| file.sync_all())
-            .with_context(|| format!("cannot write {}", path.display()))
-    }
+/// Reads a manifest of whatever kind.
+///
+/// # Errors
+/// It is missing or malformed.
+pub fn read_json<T: DeserializeOwned>(path: &Path) -> anyhow::Result<T> {
+    let file =
+        std::fs::File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
+    let mut text = String::new();
+    file.take(MAX_BYTES)
+        .read_to_string(&mut text)
+        .with_context(|| format!("cannot read {}", path.display()))?;
+    serde_json::from_str(&text).with_context(|| format!("{} is not a manifest", path.display()))
+}
+
+/// Writes a manifest of whatever kind and forces it to disk.
+///
+/// # Errors
+/// It cannot be written.
+pub fn write_json(manifest: &impl Serialize, path: &Path) -> anyhow::Result<()> {
+    let mut text = serde_json::to_vec_pretty(manifest).context("cannot encode the manifest")?;
+    text.push(b'\n');
+    let mut file =
+        std::fs::File::create(path).with_context(|| format!("cannot create {}", path.display()))?;
+    file.write_all(&text)
+        .and_then(|()| file.sync_all())
+        .with_context(|| format!("cannot write {}", path.display()))
 }
 
 impl Part {

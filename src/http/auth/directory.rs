@@ -6,6 +6,7 @@
 use std::collections::HashMap;
 use std::num::NonZeroU32;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
 
 use governor::clock::{Clock, DefaultClock};
 use governor::{DefaultDirectRateLimiter, Quota, RateLimiter};
@@ -13,7 +14,7 @@ use governor::{DefaultDirectRateLimiter, Quota, RateLimiter};
 use super::key;
 use crate::config::DefaultPlan;
 use crate::session::{PlanLimits, TenantId};
-use crate::store::{KeyRow, PlanRow, Store, StoreError, UserRow};
+use crate::store::{KeyRow, PlanRow, Store, StoreError, UserRow, now_ms};
 
 /// Who makes a request, and what it may cost.
 #[derive(Clone, Debug)]
@@ -24,6 +25,8 @@ pub struct Caller {
     pub user: Arc<UserRow>,
     /// What the plan allows.
     pub limits: PlanLimits,
+    /// The plan of the key alone, if it has one.
+    pub key_plan: Option<String>,
     pace: Arc<Pace>,
 }
 
@@ -62,8 +65,17 @@ impl Pace {
 
 #[derive(Debug)]
 struct Key {
+    id: String,
     hash: Vec<u8>,
     caller: Caller,
+    used: Arc<Used>,
+}
+
+/// When a key was last used, and what of that is stored: milliseconds since the Unix epoch, or 0.
+#[derive(Debug, Default)]
+struct Used {
+    last_ms: AtomicI64,
+    stored_ms: AtomicI64,
 }
 
 /// Everybody who may use the server.
@@ -74,6 +86,8 @@ pub struct Directory {
     users: HashMap<String, Caller>,
     /// Limiters by key or user id.
     paces: HashMap<String, Arc<Pace>>,
+    /// Times of use by key id.
+    uses: HashMap<String, Arc<Used>>,
 }
 
 impl Directory {
@@ -111,11 +125,17 @@ impl Directory {
                 continue;
             };
             let plan = row.plan.as_ref().unwrap_or(&user.plan);
-            let caller = new.caller(&row.id, &user, plans.get(plan).unwrap_or(&default), before);
+            let mut caller =
+                new.caller(&row.id, &user, plans.get(plan).unwrap_or(&default), before);
+            caller.key_plan = row.plan;
             let slot = new.keys.entry(row.lookup).or_default();
+            let used = before.uses.get(&row.id).cloned().unwrap_or_default();
+            new.uses.insert(row.id.clone(), used.clone());
             slot.push(Key {
+                id: row.id,
                 hash: row.hash,
                 caller,
+                used,
             });
         }
         Ok(new)
@@ -133,6 +153,7 @@ impl Directory {
             limits: PlanLimits {
                 max_vms: plan.max_vms,
             },
+            key_plan: None,
             pace,
         }
     }
@@ -144,7 +165,33 @@ impl Directory {
         }
         let candidates = self.keys.get(&key::lookup(text))?;
         let found = candidates.iter().find(|k| key::matches(text, &k.hash))?;
+        found.used.last_ms.store(now_ms(), Ordering::Relaxed);
         Some(&found.caller)
+    }
+
+    /// When this key was last used since the server started.
+    pub fn last_used(&self, id: &str) -> Option<i64> {
+        let last = self.uses.get(id)?.last_ms.load(Ordering::Relaxed);
+        (last > 0).then_some(last)
+    }
+
+    /// Uses of keys that are not stored yet.
+    pub(super) fn new_uses(&self) -> Vec<(String, i64)> {
+        let keys = self.keys.values().flatten();
+        keys.filter_map(|key| {
+            let last = key.used.last_ms.load(Ordering::Relaxed);
+            (last > key.used.stored_ms.load(Ordering::Relaxed)).then(|| (key.id.clone(), last))
+        })
+        .collect()
+    }
+
+    /// Notes that these are stored.
+    pub(super) fn stored_uses(&self, uses: &[(String, i64)]) {
+        for (id, at) in uses {
+            if let Some(used) = self.uses.get(id) {
+                used.stored_ms.store(*at, Ordering::Relaxed);
+            }
+        }
     }
 
     /// The user of this id.

@@ -10,6 +10,7 @@ pub mod token;
 
 use std::num::NonZeroU32;
 use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
 
 use governor::{DefaultKeyedRateLimiter, Quota, RateLimiter};
 use hyper::HeaderMap;
@@ -19,13 +20,16 @@ pub use directory::{Caller, Directory};
 pub use token::Tokens;
 
 use crate::config::{AuthConfig, DefaultPlan};
-use crate::store::{NewKey, Store, UserRow};
+use crate::store::{KeyRow, NewKey, Store, UserRow};
 
 /// Password checks at once: each takes 19 MiB and tens of milliseconds of a core.
 const PASSWORD_CHECKS: usize = 2;
 
 /// User names whose attempts are remembered; beyond it, settled ones are forgotten.
 const LOGIN_NAMES: usize = 10_000;
+
+/// How often it is stored when keys were last used: seldom, since it is for people.
+const STORE_USES: Duration = Duration::from_secs(30);
 
 /// The name of the user that the first start makes.
 pub const FIRST_USER: &str = "owner";
@@ -113,6 +117,28 @@ impl Auth {
             if let Err(error) = self.reload().await {
                 tracing::error!(%error, "cannot read users and keys; a key just revoked may still work");
             }
+        }
+    }
+
+    /// Stores when keys were last used, from time to time, until the server ends.
+    pub async fn note_uses(self: Arc<Self>) {
+        loop {
+            tokio::time::sleep(STORE_USES).await;
+            self.flush_uses().await;
+        }
+    }
+
+    /// Stores when keys were last used.
+    pub async fn flush_uses(&self) {
+        let directory = self.directory();
+        let uses = directory.new_uses();
+        if uses.is_empty() {
+            return;
+        }
+        let rows = uses.clone();
+        match self.store.call(move |c| KeyRow::used(c, &rows)).await {
+            Ok(()) => directory.stored_uses(&uses),
+            Err(error) => tracing::warn!(%error, "when keys were used is not stored yet"),
         }
     }
 

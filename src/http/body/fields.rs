@@ -64,6 +64,28 @@ impl<'a> Fields<'a> {
         self.object.get(name).is_some_and(|value| !value.is_null())
     }
 
+    /// A field as it is.
+    pub fn raw(&self, name: &str) -> Option<&'a Value> {
+        self.object.get(name)
+    }
+
+    /// Reads the fields of an object within this one. What is wrong there is told with its place.
+    pub fn nested<T>(&mut self, name: &str, read: impl FnOnce(&mut Fields<'_>) -> T) -> Option<T> {
+        let object = self.object(name)?;
+        let mut inner = Fields {
+            root: self.root,
+            object,
+            faults: Vec::new(),
+        };
+        let value = read(&mut inner);
+        self.faults
+            .extend(inner.faults.into_iter().map(|mut fault| {
+                fault.loc.insert(1, name.into());
+                fault
+            }));
+        Some(value)
+    }
+
     /// Nothing was wrong, or all that was.
     ///
     /// # Errors
@@ -171,6 +193,16 @@ impl<'a> Fields<'a> {
     /// `bool = default`.
     pub fn flag(&mut self, name: &str, default: bool) -> bool {
         self.optional_flag(name).unwrap_or(default)
+    }
+
+    /// `Optional[StrictBool] = None`: true or false and nothing that is like it.
+    pub fn optional_truth(&mut self, name: &str) -> Option<bool> {
+        let given = self.object.get(name).filter(|value| !value.is_null())?;
+        if given.as_bool().is_none() {
+            let msg = "Input should be a valid boolean";
+            self.fault(&[name], "bool_type", msg, echo(given), None);
+        }
+        given.as_bool()
     }
 
     /// `Optional[bool] = None`, with the words that pydantic takes for a truth.

@@ -4,4 +4,7 @@ pub mod fields;
 mod json;
 mod requests;
 
-pub use requests::{Body, CommandRequest, SessionRequest, form, missing, password_form};
+pub use requests::{
+    Body, CommandRequest, SessionRequest, check_env, form, metadata, missing, password_form,
+    session_id, session_spec,
+};

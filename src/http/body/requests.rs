@@ -170,36 +170,26 @@ impl Body {
         } else {
             fields.required_string("api_key");
         }
-        let lifetime_s = fields.int(
-            "vm_lifetime_seconds",
-            defaults.lifetime_s as i64,
-            20,
-            86_400,
-        );
-        let memory_mib = fields.int("memory_mb", defaults.memory_mib.into(), 128, 8192);
-        let vcpus = fields.literal_int("vcpu_count", &[1, 2, 4, 6, 8], defaults.vcpus.into());
-        let metadata: BTreeMap<String, Value> = fields
-            .object("metadata")
-            .map(|map| map.iter().map(|(k, v)| (k.clone(), v.clone())).collect())
-            .unwrap_or_default();
-        let env = fields.string_map("env");
-        let metadata_bytes = serde_json::to_vec(&metadata).map_or(usize::MAX, |text| text.len());
-        if metadata_bytes > MOST_METADATA_BYTES {
-            fields.value_error(&["metadata"], "metadata has at most 65536 bytes as JSON");
-        }
-        check_env(&mut fields, &env);
+        let base = SessionSpec {
+            lifetime: Duration::from_secs(defaults.lifetime_s),
+            memory_mib: defaults.memory_mib,
+            vcpus: defaults.vcpus,
+            metadata: BTreeMap::new(),
+            env: BTreeMap::new(),
+        };
+        let spec = session_spec(&mut fields, base);
         fields
             .finish()
             .map_err(|faults| ApiError::invalid(&faults))?;
-        Ok(SessionRequest {
-            spec: SessionSpec {
-                lifetime: Duration::from_secs(lifetime_s.unsigned_abs()),
-                memory_mib: u32::try_from(memory_mib).unwrap_or(defaults.memory_mib),
-                vcpus: u32::try_from(vcpus).unwrap_or(defaults.vcpus),
-                metadata,
-                env,
-            },
-        })
+        Ok(SessionRequest { spec })
+    }
+
+    /// The same without the fields that are null, for bodies where that is as good as absent.
+    pub fn without_nulls(mut self) -> Self {
+        if let Value::Object(object) = &mut self.value {
+            object.retain(|_, value| !value.is_null());
+        }
+        self
     }
 
     /// As the wish to end a session's VM. An id that is not one is 400, as documented.
@@ -219,7 +209,45 @@ impl Body {
     }
 }
 
-fn check_env(fields: &mut Fields<'_>, env: &BTreeMap<String, String>) {
+/// What a session is made with: what the body says, else what it is already.
+pub fn session_spec(fields: &mut Fields<'_>, base: SessionSpec) -> SessionSpec {
+    let lifetime_s = fields.int(
+        "vm_lifetime_seconds",
+        i64::try_from(base.lifetime.as_secs()).unwrap_or(86_400),
+        20,
+        86_400,
+    );
+    let memory_mib = fields.int("memory_mb", base.memory_mib.into(), 128, 8192);
+    let vcpus = fields.literal_int("vcpu_count", &[1, 2, 4, 6, 8], base.vcpus.into());
+    let metadata = metadata(fields).unwrap_or(base.metadata);
+    let env = match fields.given("env") {
+        true => fields.string_map("env"),
+        false => base.env,
+    };
+    check_env(fields, &env);
+    SessionSpec {
+        lifetime: Duration::from_secs(lifetime_s.unsigned_abs()),
+        memory_mib: u32::try_from(memory_mib).unwrap_or(base.memory_mib),
+        vcpus: u32::try_from(vcpus).unwrap_or(base.vcpus),
+        metadata,
+        env,
+    }
+}
+
+/// A client's labels.
+pub fn metadata(fields: &mut Fields<'_>) -> Option<BTreeMap<String, Value>> {
+    let metadata: BTreeMap<String, Value> = fields
+        .object("metadata")
+        .map(|map| map.iter().map(|(k, v)| (k.clone(), v.clone())).collect())?;
+    let bytes = serde_json::to_vec(&metadata).map_or(usize::MAX, |text| text.len());
+    if bytes > MOST_METADATA_BYTES {
+        fields.value_error(&["metadata"], "metadata has at most 65536 bytes as JSON");
+    }
+    Some(metadata)
+}
+
+/// Judges variables, whose values are not sent back.
+pub fn check_env(fields: &mut Fields<'_>, env: &BTreeMap<String, String>) {
     let bytes: usize = env
         .iter()
         .map(|(name, value)| name.len() + value.len())
@@ -236,7 +264,8 @@ fn check_env(fields: &mut Fields<'_>, env: &BTreeMap<String, String>) {
     }
 }
 
-fn session_id(fields: &mut Fields<'_>) -> Option<SessionId> {
+/// A session's id, in any spelling of a UUID.
+pub fn session_id(fields: &mut Fields<'_>) -> Option<SessionId> {
     let text = fields.optional_string("session_id")?;
     match parse_id(&text) {
         Ok(id) => Some(id),

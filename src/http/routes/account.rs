@@ -4,6 +4,7 @@ use hyper::StatusCode;
 use serde_json::json;
 
 use super::{Access, Endpoint, Group, Takes};
+use crate::audit::Event;
 use crate::http::app::Call;
 use crate::http::auth::Refusal;
 use crate::http::body::password_form;
@@ -88,18 +89,23 @@ pub(super) async fn me(call: Call) -> Result<Reply, ApiError> {
 
 pub(super) async fn token(mut call: Call) -> Result<Reply, ApiError> {
     let (name, password) = password_form(&call.bytes().await?)?;
-    let token = call
-        .app
-        .auth
-        .log_in(&name, &password)
-        .await
-        .map_err(|refusal| {
-            call.app.metrics.refused.inc();
-            match refusal {
-                Refusal::TooManyLogins => refusal.into(),
-                _ => ApiError::new(StatusCode::UNAUTHORIZED, "Incorrect username or password"),
-            }
-        })?;
+    let token = call.app.auth.log_in(&name, &password).await;
+    // Only of users that there are: others' names are whatever somebody typed.
+    if let Some(known) = call.app.auth.directory().by_user_name(&name) {
+        let event = Event {
+            kind: "login.token",
+            failed: token.is_err(),
+            ..Event::default()
+        };
+        call.app.control.vms.audit().note(&known.tenant, event);
+    }
+    let token = token.map_err(|refusal| {
+        call.app.metrics.refused.inc();
+        match refusal {
+            Refusal::TooManyLogins => refusal.into(),
+            _ => ApiError::new(StatusCode::UNAUTHORIZED, "Incorrect username or password"),
+        }
+    })?;
     let shown = json!({
         "access_token": token,
         "token_type": "bearer",

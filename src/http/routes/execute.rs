@@ -1,5 +1,6 @@
 //! `POST /execute` and `POST /execute_async`.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -8,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::{Access, Endpoint, Group, Takes, executions};
+use crate::backend::Ticket;
 use crate::http::app::{App, Call};
 use crate::http::auth::Caller;
 use crate::http::body::CommandRequest;
@@ -19,7 +21,6 @@ use crate::http::reply::{self, Reply, iso, iso_ms};
 use crate::http::retry::{Same, name_reused};
 use crate::session::{Attached, Command, ContextName, Outcome, SessionId, SessionSpec};
 use crate::store::{NewTask, Submitted, language_name};
-use crate::task::SubmitError;
 use serde_json::json;
 use serde_json::value::RawValue;
 
@@ -168,7 +169,7 @@ struct Wanted {
 
 pub(super) async fn execute(mut call: Call) -> Result<Reply, ApiError> {
     let wanted = wanted(&mut call, "/execute").await?;
-    let (session, same) = session_of(&call.app, &wanted, "/execute").await?;
+    let same = same(&wanted, "/execute");
     let app = call.app.clone();
     let Wanted {
         caller,
@@ -185,19 +186,62 @@ pub(super) async fn execute(mut call: Call) -> Result<Reply, ApiError> {
         timeout,
         answer_within: Some(timeout.saturating_sub(MARGIN)),
     };
+    let retries = app.retries.clone();
     let start = || {
         let created_at = iso(jiff::Timestamp::now());
         let language = language_name(command.language);
-        let ticket = app.backend.accept(&caller.tenant, &session)?;
-        let running = ticket.run(caller.limits, command, Attached::default());
-        let id = session.to_string();
-        Ok(async move { Ok(result(&running.await?, &id, language, created_at)) })
+        let place = Place::take(&app, &caller, request.session_id)?;
+        Ok(async move {
+            let (session, ticket) = place.found(&app, &caller).await?;
+            let running = ticket.run(caller.limits, command, Attached::default());
+            let outcome = running.await?;
+            Ok(result(&outcome, &session.to_string(), language, created_at))
+        })
     };
-    let body = match same {
-        Some(same) => app.retries.run(same, content, start).await?,
-        None => start()?.await?,
-    };
+    let body = retries.run(same, content, start).await?;
     Ok(reply::raw(StatusCode::OK, "application/json", body))
+}
+
+/// Where a command runs.
+enum Place {
+    /// In this session, in this place of its line, which was taken when the request came.
+    In(SessionId, Box<dyn Ticket>),
+    /// In a session of its own, made when it is certain that the command runs.
+    New,
+}
+
+impl Place {
+    fn take(app: &App, caller: &Caller, session: Option<SessionId>) -> Result<Self, ApiError> {
+        let Some(session) = session else {
+            return Ok(Self::New);
+        };
+        let ticket = app.backend.accept(&caller.tenant, &session)?;
+        Ok(Self::In(session, ticket))
+    }
+
+    async fn found(
+        self,
+        app: &App,
+        caller: &Caller,
+    ) -> Result<(SessionId, Box<dyn Ticket>), ApiError> {
+        match self {
+            Self::In(session, ticket) => Ok((session, ticket)),
+            Self::New => {
+                let vm = &app.config.vm;
+                let spec = SessionSpec {
+                    lifetime: Duration::from_secs(vm.lifetime_s),
+                    memory_mib: vm.memory_mib,
+                    vcpus: vm.vcpus,
+                    metadata: Default::default(),
+                    env: Default::default(),
+                };
+                let made = app.backend.create(&caller.tenant, caller.limits, spec);
+                let session = made.await?;
+                let ticket = app.backend.accept(&caller.tenant, &session)?;
+                Ok((session, ticket))
+            }
+        }
+    }
 }
 
 pub(super) async fn execute_async(mut call: Call) -> Result<Reply, ApiError> {
@@ -216,50 +260,54 @@ pub(super) async fn execute_stream(mut call: Call) -> Result<Reply, ApiError> {
 
 /// Hands a task in; its id, and the answer that tells it.
 async fn submit(
-    app: &App,
+    app: &Arc<App>,
     wanted: Wanted,
     route: &'static str,
 ) -> Result<(String, Bytes), ApiError> {
-    let (session, same) = session_of(app, &wanted, route).await?;
-    let id = uuid::Uuid::new_v4().to_string();
-    let task = NewTask {
-        id,
-        tenant: wanted.caller.tenant.0.clone(),
-        session_id: session.to_string(),
-        command: Command {
-            language: wanted.request.language,
-            code: wanted.request.code,
-            context: wanted.request.context,
-            live: route == STREAM,
-            timeout: Duration::from_secs(wanted.request.timeout_s.into()),
-            answer_within: None,
-        },
-        max_vms: wanted.caller.limits.max_vms,
-        idempotency_key: wanted.idempotency_key,
-        body_hash: wanted.content,
-    };
-    let tasks = app.tasks.clone();
-    let submit = async move {
-        let (id, session_id) = (task.id.clone(), task.session_id.clone());
-        let created_at = iso(jiff::Timestamp::now());
-        match tasks.submit(task).await.map_err(refusal)? {
-            Submitted::New => Ok(accepted(&id, &session_id, created_at)),
-            Submitted::Same {
-                id,
-                session_id,
-                created_ms,
-            } => Ok(accepted(&id, &session_id, iso_ms(created_ms))),
-            Submitted::KeyReused => Err(name_reused()),
-            Submitted::Full(limit) => {
-                let detail =
-                    format!("{limit} of your tasks wait or run already; wait for one to finish");
-                Err(ApiError::too_many(detail, 1))
+    let (same, content) = (same(&wanted, route), wanted.content);
+    let (app, retries) = (app.clone(), app.retries.clone());
+    let start = || {
+        let caller = wanted.caller;
+        let place = Place::take(&app, &caller, wanted.request.session_id)?;
+        Ok(async move {
+            let (session, ticket) = place.found(&app, &caller).await?;
+            let session_id = session.to_string();
+            let task = NewTask {
+                id: uuid::Uuid::new_v4().to_string(),
+                tenant: caller.tenant.0.clone(),
+                session_id: session_id.clone(),
+                command: Command {
+                    language: wanted.request.language,
+                    code: wanted.request.code,
+                    context: wanted.request.context,
+                    live: route == STREAM,
+                    timeout: Duration::from_secs(wanted.request.timeout_s.into()),
+                    answer_within: None,
+                },
+                max_vms: caller.limits.max_vms,
+                idempotency_key: wanted.idempotency_key,
+                body_hash: content,
+            };
+            let id = task.id.clone();
+            let created_at = iso(jiff::Timestamp::now());
+            match app.tasks.submit(task, ticket).await? {
+                Submitted::New => Ok(accepted(&id, &session_id, created_at)),
+                Submitted::Same {
+                    id,
+                    session_id,
+                    created_ms,
+                } => Ok(accepted(&id, &session_id, iso_ms(created_ms))),
+                Submitted::KeyReused => Err(name_reused()),
+                Submitted::Full(limit) => {
+                    let detail = format!(
+                        "{limit} of your tasks wait or run already; wait for one to finish"
+                    );
+                    Err(ApiError::too_many(detail, 1))
+                }
             }
-        }
+        })
     };
-    // The store itself remembers named tasks, for longer and through restarts.
-    let same = same.unwrap_or_else(|| Same::Body(wanted.caller.tenant.clone(), rand::random()));
-    let body = app.retries.run(same, wanted.content, || Ok(submit)).await?;
+    let body = retries.run(same, content, start).await?;
     // A repetition is answered with the first one's id.
     let told: TaskId = serde_json::from_slice(&body).map_err(|error| ApiError::internal(&error))?;
     Ok((told.task_id, body))
@@ -285,34 +333,13 @@ async fn wanted(call: &mut Call, route: &'static str) -> Result<Wanted, ApiError
     })
 }
 
-/// The request's session, made if it names none, and what makes another request the same.
-async fn session_of(
-    app: &App,
-    wanted: &Wanted,
-    route: &'static str,
-) -> Result<(SessionId, Option<Same>), ApiError> {
-    let tenant = &wanted.caller.tenant;
-    let named = wanted
-        .idempotency_key
-        .as_ref()
-        .map(|key| Same::Named(tenant.clone(), route, key.clone()));
-    match &wanted.request.session_id {
-        Some(id) => {
-            let same = named.unwrap_or_else(|| Same::Body(tenant.clone(), wanted.content));
-            Ok((id.clone(), Some(same)))
-        }
-        None => {
-            let vm = &app.config.vm;
-            let spec = SessionSpec {
-                lifetime: Duration::from_secs(vm.lifetime_s),
-                memory_mib: vm.memory_mib,
-                vcpus: vm.vcpus,
-                metadata: Default::default(),
-                env: Default::default(),
-            };
-            let limits = wanted.caller.limits;
-            Ok((app.backend.create(tenant, limits, spec).await?, named))
-        }
+/// What makes another request the same as this one.
+fn same(wanted: &Wanted, route: &'static str) -> Same {
+    let tenant = wanted.caller.tenant.clone();
+    match (&wanted.idempotency_key, &wanted.request.session_id) {
+        (Some(key), _) => Same::Named(tenant, route, key.clone()),
+        (None, Some(_)) => Same::Body(tenant, wanted.content),
+        (None, None) => Same::New(tenant, wanted.content),
     }
 }
 
@@ -393,11 +420,4 @@ fn accepted(task_id: &str, session_id: &str, created_at: String) -> Bytes {
 /// These are plain structures of text and numbers, which cannot fail to be written.
 fn json_bytes(value: &impl Serialize) -> Bytes {
     serde_json::to_vec(value).unwrap_or_default().into()
-}
-
-fn refusal(error: SubmitError) -> ApiError {
-    match error {
-        SubmitError::Session(error) => error.into(),
-        SubmitError::Store(error) => error.into(),
-    }
 }

@@ -1,18 +1,28 @@
 //! The endpoints: lists, one for each resource, from which requests are routed and the OpenAPI
 //! document is made.
 
+pub(super) mod absent;
 mod account;
+mod api_keys;
+mod audit;
+mod egress;
 mod execute;
 mod executions;
 mod files;
 mod pty;
+mod sandboxes;
 mod sessions;
+mod snapshots;
+mod ssh_keys;
 mod system;
+mod vm_actions;
+mod vms;
 
 use futures_util::future::BoxFuture;
 use serde_json::Value;
 
 use super::app::Call;
+use super::body::fields::Fields;
 use super::error::ApiError;
 use super::reply::Reply;
 
@@ -43,6 +53,8 @@ pub enum Access {
     Open,
     /// Who has a key or token.
     Key,
+    /// Who has a key or token, in the head or in the body.
+    KeyOrBody,
 }
 
 /// A query parameter.
@@ -86,7 +98,7 @@ pub struct Endpoint {
     pub query: &'static [Query],
     /// Its body.
     pub takes: Takes,
-    /// The schema of its 200 reply, or a media type when it is not JSON.
+    /// The schema of its 200 reply, or a media type when it is not JSON; empty when it never has one.
     pub gives: &'static str,
     /// Statuses beyond those that follow from its access and body (401, 429; 400, 408, 413, 422).
     pub refuses: &'static [u16],
@@ -109,10 +121,33 @@ pub const GROUPS: &[Group] = &[
     executions::GROUP,
     files::GROUP,
     pty::GROUP,
+    pty::VM_GROUP,
     sessions::GROUP,
+    sandboxes::GROUP,
+    vms::GROUP,
+    vm_actions::GROUP,
+    snapshots::GROUP,
     account::GROUP,
+    api_keys::GROUP,
+    ssh_keys::GROUP,
+    egress::GROUP,
+    audit::GROUP,
+    absent::GROUP,
     system::GROUP,
 ];
+
+/// Most characters of a name that a client gives something.
+const MOST_NAME: usize = 200;
+
+/// A name that a client may give something: short and without control characters.
+fn name_field(fields: &mut Fields<'_>, field: &str) -> Option<String> {
+    let name = fields.optional_string(field)?;
+    if name.chars().count() > MOST_NAME || name.chars().any(char::is_control) {
+        let why = "a name has at most 200 characters and no control characters";
+        fields.value_error(&[field], why);
+    }
+    Some(name).filter(|name| !name.is_empty())
+}
 
 /// Every endpoint.
 pub fn endpoints() -> impl Iterator<Item = &'static Endpoint> {

@@ -1,4 +1,4 @@
-//! `/v1/sessions/{id}/pty/…`: terminals, and the WebSocket that they are looked at through.
+//! `/v1/sessions/{id}/pty/…` and `/v1/vms/{id}/pty/…`: terminals, and the WebSocket that they are looked at through.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -85,14 +85,15 @@ const SCHEMAS: fn() -> Vec<(&'static str, Value)> = || {
     ]
 };
 
-/// What this file answers.
-pub(super) const GROUP: Group = Group {
-    endpoints: &[
+/// The endpoints below one path: terminals are reached by their session, or by its VM.
+macro_rules! endpoints {
+    ($base:literal, $of:literal) => {
+        &[
         Endpoint {
             method: "POST",
-            path: "/v1/sessions/{session_id}/pty/sessions",
-            name: "create_pty",
-            summary: "Start a terminal in a session's VM",
+            path: concat!($base, "/pty/sessions"),
+            name: concat!("create_", $of, "pty"),
+            summary: "Start a terminal in a VM",
             access: Access::Key,
             query: &[],
             takes: Takes::OptionalJson("PtyRequest"),
@@ -102,9 +103,9 @@ pub(super) const GROUP: Group = Group {
         },
         Endpoint {
             method: "GET",
-            path: "/v1/sessions/{session_id}/pty/sessions",
-            name: "list_ptys",
-            summary: "A session's terminals, ended ones included",
+            path: concat!($base, "/pty/sessions"),
+            name: concat!("list_", $of, "ptys"),
+            summary: "A VM's terminals, ended ones included",
             access: Access::Key,
             query: &[],
             takes: Takes::Nothing,
@@ -114,8 +115,8 @@ pub(super) const GROUP: Group = Group {
         },
         Endpoint {
             method: "GET",
-            path: "/v1/sessions/{session_id}/pty/sessions/{pty_id}",
-            name: "get_pty",
+            path: concat!($base, "/pty/sessions/{pty_id}"),
+            name: concat!("get_", $of, "pty"),
             summary: "One terminal",
             access: Access::Key,
             query: &[],
@@ -126,8 +127,8 @@ pub(super) const GROUP: Group = Group {
         },
         Endpoint {
             method: "DELETE",
-            path: "/v1/sessions/{session_id}/pty/sessions/{pty_id}",
-            name: "kill_pty",
+            path: concat!($base, "/pty/sessions/{pty_id}"),
+            name: concat!("kill_", $of, "pty"),
             summary: "Hang a terminal up and forget it",
             access: Access::Key,
             query: &[],
@@ -138,8 +139,8 @@ pub(super) const GROUP: Group = Group {
         },
         Endpoint {
             method: "POST",
-            path: "/v1/sessions/{session_id}/pty/sessions/{pty_id}/resize",
-            name: "resize_pty",
+            path: concat!($base, "/pty/sessions/{pty_id}/resize"),
+            name: concat!("resize_", $of, "pty"),
             summary: "Give a terminal another size",
             access: Access::Key,
             query: &[],
@@ -150,8 +151,8 @@ pub(super) const GROUP: Group = Group {
         },
         Endpoint {
             method: "GET",
-            path: "/v1/sessions/{session_id}/pty/{pty_id}/connect",
-            name: "connect_pty",
+            path: concat!($base, "/pty/{pty_id}/connect"),
+            name: concat!("connect_", $of, "pty"),
             summary: "A WebSocket to a terminal: binary messages are its bytes, text messages JSON (`resize`, `exit`)",
             access: Access::Open,
             query: &[Query {
@@ -164,8 +165,20 @@ pub(super) const GROUP: Group = Group {
             refuses: &[400, 426],
             handler: |call| Box::pin(connect(call)),
         },
-    ],
+        ]
+    };
+}
+
+/// Terminals by their session.
+pub(super) const GROUP: Group = Group {
+    endpoints: endpoints!("/v1/sessions/{session_id}", ""),
     schemas: SCHEMAS,
+};
+
+/// Terminals by the VM of their session.
+pub(super) const VM_GROUP: Group = Group {
+    endpoints: endpoints!("/v1/vms/{vm_id}", "vm_"),
+    schemas: Vec::new,
 };
 
 /// What a new terminal is asked to be.
@@ -181,8 +194,8 @@ fn side(number: i64) -> u16 {
 }
 
 async fn create(mut call: Call) -> Result<Reply, ApiError> {
-    let session = session_id(call.path("session_id"))?;
     let (caller, body) = call.caller_and_optional_body().await?;
+    let session = session_of(&call, &caller)?;
     let asked = body.fields(|fields| {
         let size = Size {
             cols: side(fields.int("cols", 80, 1, MOST_SIDE)),
@@ -248,9 +261,21 @@ fn shown(terminal: &Terminal) -> Value {
 /// The caller, and the session, which must be the caller's.
 fn place(call: &Call) -> Result<(Caller, SessionId), ApiError> {
     let caller = call.caller()?;
-    let session = session_id(call.path("session_id"))?;
+    let session = session_of(call, &caller)?;
     call.app.backend.view(&caller.tenant, &session)?;
     Ok((caller, session))
+}
+
+/// The session that the path names, by itself or by its VM.
+fn session_of(call: &Call, caller: &Caller) -> Result<SessionId, ApiError> {
+    let vm_id = call.path("vm_id");
+    if vm_id.is_empty() {
+        return session_id(call.path("session_id"));
+    }
+    let record = call.app.control.vms.get(&caller.tenant, vm_id)?;
+    record
+        .session()
+        .ok_or_else(|| ApiError::not_found("The VM has no session"))
 }
 
 fn terminal_of(
@@ -291,7 +316,7 @@ async fn remove(call: Call) -> Result<Reply, ApiError> {
 
 async fn resize(mut call: Call) -> Result<Reply, ApiError> {
     let (caller, body) = call.caller_and_body().await?;
-    let session = session_id(call.path("session_id"))?;
+    let session = session_of(&call, &caller)?;
     let size = body.fields(|fields| {
         for name in ["cols", "rows"] {
             fields.must_be_given(name);
@@ -354,8 +379,7 @@ fn viewed(call: &Call) -> Result<Arc<Terminal>, (u16, String)> {
         None => call.caller(),
     };
     let caller = caller.map_err(|error| (UNAUTHORISED, error.detail()))?;
-    let session = session_id(call.path("session_id"));
-    session
+    session_of(call, &caller)
         .and_then(|session| terminal_of(&call.app, &caller, &session, call.path("pty_id")))
         .map_err(|error| (NO_TERMINAL, error.detail()))
 }

@@ -6,13 +6,14 @@ use hyper::StatusCode;
 use serde_json::json;
 
 use super::{Access, Endpoint, Group, Takes};
+use crate::audit::Event;
 use crate::http::app::Call;
 use crate::http::auth::{Presented, presented};
 use crate::http::body::Body;
 use crate::http::error::ApiError;
 use crate::http::openapi::{nullable, object, text, time, truth, uuid};
 use crate::http::reply::{self, Reply, iso_system};
-use crate::session::{SessionId, SessionView, VmStatus};
+use crate::session::{SessionId, SessionView, TenantId, VmStatus};
 
 /// What this file answers.
 pub(super) const GROUP: Group = Group {
@@ -22,7 +23,7 @@ pub(super) const GROUP: Group = Group {
             path: "/v1/sessions/session",
             name: "create_session",
             summary: "Make a session; its VM comes with its first command",
-            access: Access::Key,
+            access: Access::KeyOrBody,
             query: &[],
             takes: Takes::Json("SessionRequest"),
             gives: "SessionCreated",
@@ -71,9 +72,9 @@ pub(super) const GROUP: Group = Group {
             (
                 "SessionRequest",
                 object(
-                    &["api_key"],
+                    &[],
                     json!({
-                        "api_key": { "type": "string", "description": "May be absent when a header has a key" },
+                        "api_key": { "type": "string", "description": "Required when no header has a key" },
                         "vm_lifetime_seconds": { "type": "integer", "minimum": 20, "maximum": 86400, "default": 300 },
                         "memory_mb": { "type": "integer", "minimum": 128, "maximum": 8192, "default": 512 },
                         "vcpu_count": { "type": "integer", "enum": [1, 2, 4, 6, 8] },
@@ -148,6 +149,14 @@ pub(super) async fn create(mut call: Call) -> Result<Reply, ApiError> {
         .backend
         .create(&caller.tenant, caller.limits, request.spec);
     let id = created.await?;
+    call.app.control.vms.audit().note(
+        &caller.tenant,
+        Event {
+            kind: "session.created",
+            session_id: Some(id.to_string()),
+            ..Event::default()
+        },
+    );
     Ok(reply::json(
         StatusCode::OK,
         &json!({ "session_id": id.to_string() }),
@@ -203,22 +212,34 @@ pub(super) async fn kill(mut call: Call) -> Result<Reply, ApiError> {
     Ok(reply::json(StatusCode::OK, &shown))
 }
 
+/// The session that the path names, if it is the tenant's.
+pub(super) fn session_of(call: &Call, tenant: &TenantId) -> Result<SessionId, ApiError> {
+    let id = path_id(call)?;
+    call.app.backend.view(tenant, &id)?;
+    Ok(id)
+}
+
 fn view(call: &Call) -> Result<SessionView, ApiError> {
     let caller = call.caller()?;
-    let id = uuid::Uuid::try_parse(call.path("session_id"))
-        .ok()
-        .and_then(|id| SessionId::parse(&id.as_hyphenated().to_string()))
-        .ok_or_else(|| ApiError::not_found("Session not found"))?;
+    let id = path_id(call)?;
     Ok(call.app.backend.view(&caller.tenant, &id)?)
 }
 
-fn vm_of(view: &SessionView) -> (Option<&str>, Option<&'static str>) {
+fn path_id(call: &Call) -> Result<SessionId, ApiError> {
+    uuid::Uuid::try_parse(call.path("session_id"))
+        .ok()
+        .and_then(|id| SessionId::parse(&id.as_hyphenated().to_string()))
+        .ok_or_else(|| ApiError::not_found("Session not found"))
+}
+
+pub(super) fn vm_of(view: &SessionView) -> (Option<&str>, Option<&'static str>) {
     match &view.vm {
         Some((id, status)) => {
             let status = match status {
                 VmStatus::Active => "active",
                 VmStatus::Killed => "killed",
                 VmStatus::Failed => "failed",
+                VmStatus::Suspended => "suspended",
             };
             (Some(id), Some(status))
         }

@@ -142,6 +142,7 @@ async fn partial_output_is_shown_while_the_command_runs() {
     let attached = Attached {
         feed: Some(Arc::default()),
         cancel: None,
+        witness: None,
     };
     let mut seen = attached.feed.as_ref().unwrap().follow();
     let accepted = sessions.accept(&tenant(), &id).unwrap();
@@ -166,6 +167,7 @@ async fn a_cancelled_command_is_stopped_wherever_it_is() {
         let attached = Attached {
             feed: None,
             cancel: Some(cancelled),
+            witness: None,
         };
         let accepted = sessions.accept(&tenant(), &id).unwrap();
         let sessions = sessions.clone();

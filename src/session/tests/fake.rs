@@ -4,6 +4,8 @@
 //! commands this VM has had; `sleep MS` sleeps and ends with 130 when interrupted; `deaf MS` only heeds a kill; `stuck`
 //! heeds nothing; `pass` does nothing; `die` ends the VM; `exit N` ends with N. Words are separated by `;`.
 
+use std::fs::File;
+use std::io::Write;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -13,7 +15,7 @@ use thaw_wire::message::{Execute, Exit, Process, Renew, Signal};
 use tokio::sync::{mpsc, watch};
 
 use super::super::line::lock;
-use super::super::vm::{Channel, Input, Run, RunEvent, Shape, Vm, VmSource};
+use super::super::vm::{Channel, Frozen, Input, Run, RunEvent, Shape, Vm, VmFigures, VmSource};
 
 /// What the source is told to do, and what it has done.
 #[derive(Debug, Default)]
@@ -71,6 +73,14 @@ impl VmSource for Source {
             Ok(guest as Arc<dyn Vm>)
         })
     }
+
+    fn restore<'a>(
+        &'a self,
+        frozen: &'a Frozen,
+        generation: u64,
+    ) -> BoxFuture<'a, anyhow::Result<Arc<dyn Vm>>> {
+        self.start(frozen.shape, generation)
+    }
 }
 
 #[derive(Debug)]
@@ -121,6 +131,24 @@ impl Vm for Guest {
         })
     }
 
+    fn save(&self, mut state: File, mut memory: File) -> BoxFuture<'_, anyhow::Result<()>> {
+        Box::pin(async move {
+            anyhow::ensure!(self.died.borrow().is_none(), "the socket is closed");
+            state.write_all(b"state")?;
+            memory.write_all(&[1; 4096])?;
+            Ok(())
+        })
+    }
+
+    fn figures(&self) -> BoxFuture<'_, anyhow::Result<VmFigures>> {
+        Box::pin(async {
+            Ok(VmFigures {
+                cpu: Duration::from_millis(5),
+                memory_bytes: 4096,
+            })
+        })
+    }
+
     /// Whatever is to run is `cat`, ended by its input's end, a signal or the VM's death.
     fn open(&self, _: Process) -> BoxFuture<'_, anyhow::Result<Channel>> {
         let (tell, events) = mpsc::unbounded_channel();
@@ -133,6 +161,8 @@ impl Vm for Guest {
             })
         })
     }
+
+    fn set_share(&self, _: u32) {}
 
     fn died(&self) -> BoxFuture<'static, String> {
         let mut died = self.died.subscribe();

@@ -206,6 +206,9 @@ impl SessionRows for OneRow {
     fn started(&self, _: SessionId, _: String) -> BoxFuture<'_, anyhow::Result<()>> {
         Box::pin(async { anyhow::bail!("the disk is full") })
     }
+    fn respec(&self, _: SessionId, _: SessionSpec) -> BoxFuture<'_, anyhow::Result<()>> {
+        Box::pin(async { anyhow::bail!("the disk is full") })
+    }
     fn forget(&self, _: Vec<SessionId>) -> BoxFuture<'_, anyhow::Result<()>> {
         Box::pin(async { Ok(()) })
     }

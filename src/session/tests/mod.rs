@@ -2,7 +2,7 @@
 
 mod chaos;
 mod commands;
-mod fake;
+pub(crate) mod fake;
 mod lives;
 mod pooling;
 
@@ -32,7 +32,7 @@ pub(super) fn spec() -> SessionSpec {
 }
 
 /// No pool: every start of a VM is a session's doing.
-pub(super) fn unpooled() -> SessionConfig {
+pub(crate) fn unpooled() -> SessionConfig {
     let mut config = SessionConfig::default();
     config.pool.low = 0;
     config.pool.high = 0;
@@ -77,6 +77,16 @@ impl Sessions {
         command: Command,
     ) -> Result<Outcome, SessionError> {
         self.execute(&tenant(), PLAN, id, command, Attached::default())
+            .await
+    }
+
+    pub(crate) async fn say_as(
+        &self,
+        tenant: &TenantId,
+        id: &SessionId,
+        code: &str,
+    ) -> Result<Outcome, SessionError> {
+        self.execute(tenant, PLAN, id, command(code), Attached::default())
             .await
     }
 

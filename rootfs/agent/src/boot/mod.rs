@@ -6,6 +6,7 @@
 mod modules;
 mod mounts;
 mod root;
+mod tuning;
 
 use std::io;
 use std::path::Path;
@@ -83,6 +84,9 @@ fn settle() {
             .create(true)
             .open(path);
         bear(path, opened.map(drop));
+    }
+    if let Err(error) = tuning::apply() {
+        crate::console::say(&error.to_string());
     }
     // It does little at a time, and what it does must not wait for a thousand busy processes.
     bear("priority", device::run_first());

@@ -68,11 +68,14 @@ fn descriptors(memory: &GuestMemory, layout: &Layout) -> Result<(), MemoryError>
         memory.write_u64(gdt + (selector & !7), descriptor)?;
     }
     let tss = layout.area + AREA_TSS;
-    let unaligned =
-        |offset: u64, stack: u64| memory.write(tss + offset, &(AREA_BASE + stack).to_le_bytes());
-    unaligned(0x04, AREA_CPL0_STACK)?;
-    unaligned(0x24 + 8 * (EXCEPTION_IST - 1), AREA_EXCEPTION_STACK)?;
-    unaligned(0x24 + 8 * (FAULT_IST - 1), AREA_FAULT_STACK)?;
+    let unaligned = |offset: u64, stack: u64| memory.write(tss + offset, &stack.to_le_bytes());
+    unaligned(0x04, AREA_BASE + AREA_CPL0_STACK)?;
+    unaligned(
+        0x24 + 8 * (EXCEPTION_IST - 1),
+        AREA_BASE + AREA_EXCEPTION_STACK,
+    )?;
+    // For the reason given at `Layout::direct`.
+    unaligned(0x24 + 8 * (FAULT_IST - 1), layout.direct(AREA_FAULT_STACK))?;
     memory.write(
         tss + 0x66,
         &u16::try_from(TSS_BITMAP).unwrap_or(0).to_le_bytes(),

@@ -6,6 +6,7 @@
 
 use sha2::{Digest, Sha256};
 
+use super::layout::XEN_INTERFACE;
 use crate::kvm::cpu;
 
 /// Extended state that a guest may use: x87, SSE, AVX, AVX-512. Not PKU (nothing may be execute-only for
@@ -42,8 +43,6 @@ const EXTENDED_EDX: u32 = without(&[1, 2, 3, 7, 12, 13, 14, 17, 25, 26, 27, 30, 
 /// Leaves where a Xen guest looks for its hypervisor.
 const XEN_FIRST: u32 = 0x4000_0000;
 const XEN_LAST: u32 = 0x4000_00ff;
-/// Version of the interface that is spoken: 4.17.
-pub(super) const XEN_VERSION: u32 = 4 << 16 | 17;
 
 /// Extended state that guests get on this host.
 pub(super) fn xcr0() -> u64 {
@@ -61,7 +60,7 @@ pub(super) fn for_kernel(leaf: u32, subleaf: u32, xcr0: u64) -> [u32; 4] {
                 u32::from_le_bytes(*b"MMXe"),
                 u32::from_le_bytes(*b"nVMM"),
             ],
-            1 => [XEN_VERSION, 0, 0, 0],
+            1 => [XEN_INTERFACE as u32, 0, 0, 0],
             _ => [0; 4],
         };
     }

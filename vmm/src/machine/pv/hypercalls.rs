@@ -3,7 +3,6 @@
 //! Numbers and structures after Xen's public headers (xen.h, vcpu.h, sched.h, event_channel.h, memory.h,
 //! physdev.h, version.h, callback.h). A call that is not listed answers ENOSYS, which Linux takes.
 
-use super::cpuid::XEN_VERSION;
 use super::events::Port;
 use super::layout::*;
 use super::{Exit, PvMachine, emulate::canonical, guest};
@@ -168,7 +167,7 @@ impl PvMachine {
 
     fn xen_version(&self, command: u64, argument: u64) -> i64 {
         match command {
-            0 => i64::from(XEN_VERSION),
+            0 => XEN_INTERFACE.cast_signed(),
             1 => self.put(argument, b".0-thaw\0\0\0\0\0\0\0\0\0"),
             5 => self.put(argument, &0xffff_8000_0000_0000_u64.to_le_bytes()),
             6 => {

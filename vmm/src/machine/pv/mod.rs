@@ -46,15 +46,18 @@ pub use layout::MEMORY_MIB;
 pub use setup::{BootConfig, CMDLINE, boot, restore};
 pub use state::MAX_STATE;
 
-/// How soon to look again when an event cannot be delivered because the guest is inside the shim.
+/// How soon (ns) to look again when an event cannot be delivered because the guest is inside the shim.
 const RETRY: u64 = 30_000;
+/// How often in a row that time is doubled. On a busy host it may pass before the guest has run at all, and a
+/// guest that is interrupted ever again before it gets anywhere would never leave the shim.
+const MOST_DOUBLED: u32 = 5;
 /// A deadline this close (ns) is waited for on the processor rather than by sleeping.
 const NEAR: u64 = 5_000;
 
 /// The breakpoint instruction.
 const INT3: u8 = 0xcc;
-/// Retries spent on a breakpoint that may be in flight; two milliseconds of them.
-const MOST_POSTPONED: u32 = 64;
+/// Retries spent on a breakpoint that may be in flight; eight milliseconds of them.
+const MOST_POSTPONED: u32 = 12;
 
 /// One VM. Fields are dropped in this order: the timer first, so that it fires at nothing.
 #[derive(Debug)]
@@ -74,6 +77,8 @@ pub struct PvMachine {
     at_port: bool,
     /// An event waits for the guest to be where it can be delivered.
     retry: bool,
+    /// Times in a row that it was not there.
+    tries: u32,
     /// Times in a row that an event was held back for what looks like a breakpoint.
     postponed: u32,
     ended: bool,
@@ -124,7 +129,8 @@ impl PvMachine {
     /// Arms the timer for whatever comes first: the guest's deadline, or another try to deliver an event.
     fn arm_timer(&mut self) {
         if self.retry {
-            self.timer.arm(RETRY);
+            self.timer
+                .arm(RETRY << (self.tries.max(1) - 1).min(MOST_DOUBLED));
             self.armed = None;
         } else if self.armed != self.state.deadline {
             match self.state.deadline {
@@ -141,6 +147,7 @@ impl PvMachine {
         self.retry = false;
         let memory = self.vm.memory();
         if !self.state.events.pending(memory)? || self.state.events.masked(memory)? {
+            self.tries = 0;
             return Ok(());
         }
         if self.at_port {
@@ -154,10 +161,12 @@ impl PvMachine {
         let in_flight = in_flight || self.breakpoint_may_be_in_flight();
         if in_flight || u64::from(selector) != CODE_CPL3 || in_shim(regs.rip) {
             self.retry = true;
+            self.tries = self.tries.saturating_add(1);
             self.counts.retries += 1;
             return Ok(());
         }
         self.postponed = 0;
+        self.tries = 0;
         let frame = [regs.rip, CODE_CPL3, regs.rflags, regs.rsp, DATA_CPL3];
         self.vm.memory().write(
             self.layout.area + AREA_EXCEPTION_STACK - 40,
@@ -383,10 +392,8 @@ impl PvMachine {
                     self.counts.interrupts += 1;
                     self.at_port = false;
                     self.armed = None;
-                    self.check_deadline()?;
-                    self.deliver_event()?;
-                    // Whose signal it was cannot be told: the caller looks at its sockets every time.
-                    self.arm_timer();
+                    // Whose signal it was cannot be told: the caller looks at its sockets every time. What is
+                    // due is delivered when it comes back, and the timer armed then: not for the time in between.
                     return Ok(Exit::Interrupted);
                 }
                 Stop::Halted => return Ok(Exit::Crashed("the guest halted at CPL0".to_owned())),

@@ -91,7 +91,7 @@ pub fn boot(config: &BootConfig<'_>) -> anyhow::Result<PvMachine> {
     let tsc_khz = vm.vcpu.tsc_khz()?;
     load_msrs(&vm.vcpu, syscall)?;
     vm.vcpu.fetch()?;
-    set_system_registers(&mut vm.vcpu, start.page_table);
+    set_system_registers(&mut vm.vcpu, &layout, start.page_table);
     let regs = vm.vcpu.regs_mut();
     regs.rip = start.entry;
     regs.rsi = start.start_info;
@@ -119,11 +119,12 @@ pub fn boot(config: &BootConfig<'_>) -> anyhow::Result<PvMachine> {
         armed: None,
         at_port: false,
         retry: false,
+        tries: 0,
         postponed: 0,
         ended: false,
     };
     for (field, value) in [
-        (COMM_KERNEL_MODE, 1),
+        (COMM_KERNEL_MODE, IN_KERNEL),
         (COMM_VCPU_INFO, DIRECT_BASE + layout.area + AREA_SHARED_INFO),
         (COMM_CR3, start.page_table),
         (COMM_AREA, layout.area),
@@ -169,6 +170,7 @@ pub fn restore(state: &[u8], memory: OwnedFd, tuning: Tuning) -> anyhow::Result<
         armed: None,
         at_port: false,
         retry: false,
+        tries: 0,
         postponed: 0,
         ended: false,
     };
@@ -205,7 +207,7 @@ fn load_msrs(vcpu: &Vcpu, syscall: SyscallPath) -> anyhow::Result<()> {
     ])?)
 }
 
-fn set_system_registers(vcpu: &mut Vcpu, page_table: u64) {
+fn set_system_registers(vcpu: &mut Vcpu, layout: &Layout, page_table: u64) {
     let flat = kvm_segment {
         limit: 0xffff_ffff,
         present: 1,
@@ -233,13 +235,13 @@ fn set_system_registers(vcpu: &mut Vcpu, page_table: u64) {
         ..flat
     };
     (sregs.ds, sregs.es, sregs.fs, sregs.gs) = (null, null, null, null);
-    sregs.tr.base = AREA_BASE + AREA_TSS;
+    sregs.tr.base = layout.direct(AREA_TSS);
     sregs.tr.limit = (TSS_SIZE - 1) as u32;
     sregs.tr.present = 1;
     sregs.tr.type_ = 11;
     sregs.tr.selector = 0x40;
-    (sregs.idt.base, sregs.idt.limit) = (AREA_BASE + AREA_IDT, 0xfff);
-    (sregs.gdt.base, sregs.gdt.limit) = (AREA_BASE + AREA_GDT, 0x7f);
+    (sregs.idt.base, sregs.idt.limit) = (layout.direct(AREA_IDT), 0xfff);
+    (sregs.gdt.base, sregs.gdt.limit) = (layout.direct(AREA_GDT), 0x7f);
     (sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer) = (CR0, page_table, CR4, EFER);
 }
 

@@ -16,6 +16,7 @@ struct instruction {
 	int rex;
 	int size;      /* bytes accessed, or more */
 	int immediate; /* bytes after the operand */
+	int scale;     /* what a displacement of one byte counts */
 };
 
 static u64 gpr(const struct frame *frame, int number)
@@ -78,7 +79,7 @@ static int operand(const struct frame *frame, struct instruction *in, u64 *addre
 		sum += gpr(frame, rm | (in->rex & REX_B ? 8 : 0));
 	}
 	if (mod == 1)
-		sum += (u64)(long)(signed char)*in->next;
+		sum += (u64)((long)(signed char)*in->next * in->scale);
 	else if (mod == 2)
 		sum += (u64)displacement32(in->next);
 	*address = sum;
@@ -130,6 +131,18 @@ static int one_byte(struct instruction *in, u8 opcode)
 	case 0x81: case 0x69: case 0xc7:
 		in->immediate = in->size == 2 ? 2 : 4;
 		return 1;
+	case 0xf6: /* test with an immediate; not, neg and the rest without */
+		in->size = 1;
+		in->immediate = *in->next & 0x30 ? 0 : 1;
+		return 1;
+	case 0xf7:
+		in->immediate = *in->next & 0x30 ? 0 : in->size == 2 ? 2 : 4;
+		return 1;
+	case 0xff: /* inc and dec; near call, near jump and push, whose push `implied` has dealt with */
+		if ((*in->next & 0x30) && (*in->next & 0x08))
+			return 0;
+		in->size = 8;
+		return 1;
 	default:
 		return 0;
 	}
@@ -147,6 +160,35 @@ static int vex(struct instruction *in, u8 first)
 		byte = *in->next++;
 	}
 	return two_byte(in, *in->next++, byte & 4 ? 32 : 16);
+}
+
+/*
+ * EVEX-coded moves and comparisons: what memcpy and strlen use where there is AVX-512. Without a mask (which
+ * would make some bytes not count) and without broadcast, all of these access a whole vector.
+ */
+static int evex(struct instruction *in)
+{
+	u8 first = in->next[0], second = in->next[1], third = in->next[2], opcode = in->next[3];
+	int map = first & 15, prefix = second & 3, length = (third >> 5) & 3;
+	int known = 0;
+	in->next += 4;
+	if ((third & 0x17) || !(second & 4) || length == 3)
+		return 0;
+	in->rex = (first & 0x40 ? 0 : REX_X) | (first & 0x20 ? 0 : REX_B);
+	in->size = 16 << length;
+	in->scale = in->size;
+	in->immediate = map == 3;
+	if (map == 1 && (opcode == 0x6f || opcode == 0x7f))
+		known = prefix != 0;
+	else if (map == 1 && (opcode == 0x10 || opcode == 0x11 || opcode == 0x28 || opcode == 0x29))
+		known = prefix < 2;
+	else if (map == 1 && (opcode == 0xe7 || opcode == 0x74 || opcode == 0x75 || opcode == 0xda || opcode == 0xeb || opcode == 0xef))
+		known = prefix == 1;
+	else if (map == 2 && opcode == 0x26)
+		known = prefix == 1 || prefix == 2;
+	else if (map == 3 && (opcode == 0x3e || opcode == 0x3f))
+		known = prefix == 1;
+	return known;
 }
 
 /* String, stack and branch instructions: an implied operand. */
@@ -173,6 +215,12 @@ static int implied(const struct frame *frame, struct instruction *in, u8 opcode,
 		in->size = 8;
 		*address = frame->rsp;
 		return 1;
+	case 0xff: /* call and push: reading the operand comes first and is no write */
+		if (!(frame->error & ERROR_WRITE) || !(*in->next & 0x30) || (*in->next & 0x08) || in->size == 2)
+			return 0;
+		in->size = 8;
+		*address = frame->rsp - 8;
+		return 1;
 	default:
 		return 0;
 	}
@@ -180,7 +228,7 @@ static int implied(const struct frame *frame, struct instruction *in, u8 opcode,
 
 static int decode(const struct frame *frame, u64 *address)
 {
-	struct instruction in = { .next = (const u8 *)frame->rip, .size = 4 };
+	struct instruction in = { .next = (const u8 *)frame->rip, .size = 4, .scale = 1 };
 	for (;; in.next++) {
 		if (*in.next == 0x66)
 			in.size = 2;
@@ -197,6 +245,8 @@ static int decode(const struct frame *frame, u64 *address)
 	int known;
 	if (opcode == 0xc5 || opcode == 0xc4)
 		known = vex(&in, opcode);
+	else if (opcode == 0x62)
+		known = evex(&in);
 	else if (opcode == 0x0f)
 		known = two_byte(&in, *in.next++, 16);
 	else if (implied(frame, &in, opcode, address))

@@ -132,7 +132,7 @@ syscall:
 	push %rcx
 	push %r11
 	push %rcx
-	movb $1, C(COMM_KERNEL_MODE)
+	movb $IN_KERNEL, C(COMM_KERNEL_MODE)
 	rdgsbase %rcx
 	mov %rcx, C(COMM_USER_GS)
 	mov C(COMM_KERNEL_GS), %rcx
@@ -184,7 +184,9 @@ hypercall:
  * On the stack: rax, r11, rcx, flags, then the frame: rip, cs, rflags, rsp, ss.
  */
 iret:
-	mov C(COMM_VCPU_INFO), %rcx
+	cmpq $0, C(COMM_PENDING)
+	jne 4f
+5:	mov C(COMM_VCPU_INFO), %rcx
 	mov 48(%rsp), %eax
 	shr $9, %eax
 	not %eax
@@ -203,9 +205,7 @@ iret:
 	inc %rcx
 	cmp $1, %rcx
 	ja iret_refused
-	cmpq $0, C(COMM_PENDING)
-	jne 4f
-5:	mov C(COMM_USER_GS), %rcx
+	mov C(COMM_USER_GS), %rcx
 	movb $0, C(COMM_KERNEL_MODE)
 	wrgsbase %rcx
 	movq $DATA_CPL3, 64(%rsp)

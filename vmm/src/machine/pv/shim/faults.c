@@ -12,7 +12,10 @@
 #define FLAG_IOPL 0x3000ul
 
 #define ERROR_PRESENT 1ul
+#define ERROR_WRITE 2ul
 #define ERROR_USER 4ul
+/* A write to a page that is there, but not writable. */
+#define COPY_ON_WRITE (ERROR_PRESENT | ERROR_WRITE)
 
 /* Vectors for which the processor pushes an error code. */
 #define WITH_ERROR 0x00227d00u
@@ -55,6 +58,11 @@ u64 shim_exception(struct frame *frame)
 	if (kernel && frame->rip - AREA_BASE < AREA_CODE_END)
 		panic(vector, frame->rip, vector == VECTOR_PAGE_FAULT ? read_cr2() : 0, error, frame->rsp);
 
+	if (kernel) {
+		/* What the kernel does now has nothing to do with a process's fault that it may have been serving. */
+		comm.kernel_mode = IN_KERNEL;
+		flush_pending();
+	}
 	if (vector == VECTOR_EVENT) {
 		count(COUNT_UPCALLS);
 		handler = comm.on_event;
@@ -87,7 +95,7 @@ u64 shim_exception(struct frame *frame)
 	if (!kernel) {
 		comm.user_gs = read_gs();
 		__asm__ volatile("wrgsbase %0" : : "r"(comm.kernel_gs));
-		comm.kernel_mode = 1;
+		comm.kernel_mode = vector == VECTOR_PAGE_FAULT && (error & COPY_ON_WRITE) == COPY_ON_WRITE ? IN_FAULT : IN_KERNEL;
 	}
 	int with_error = vector < 32 && ((WITH_ERROR >> vector) & 1);
 	u64 *slot = (u64 *)(stack - (with_error ? 64 : 56));

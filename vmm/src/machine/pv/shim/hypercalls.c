@@ -2,7 +2,7 @@
 #include "shim.h"
 
 enum { MMU_UPDATE = 1, STACK_SWITCH = 3, FPU_TASKSWITCH = 5, UPDATE_DESCRIPTOR = 10, MULTICALL = 13, UPDATE_VA_MAPPING = 14,
-       VCPU_OP = 24, SET_SEGMENT_BASE = 25, MMUEXT_OP = 26, PHYSDEV_OP = 33 };
+       XEN_VERSION = 17, VCPU_OP = 24, SET_SEGMENT_BASE = 25, MMUEXT_OP = 26, PHYSDEV_OP = 33 };
 enum { BASE_FS, BASE_GS_USER, BASE_GS_KERNEL, SELECTOR_GS_USER };
 
 #define VCPUOP_IS_UP 3
@@ -79,6 +79,8 @@ long dispatch(u64 a1, u64 a2, u64 a3, u64 a4, u64 a5, u64 number)
 	case STACK_SWITCH:
 		flush_pending();
 		comm.kernel_sp = a2;
+		/* The task that runs on may be in the middle of anything. */
+		comm.kernel_mode = IN_KERNEL;
 		return 0;
 	case FPU_TASKSWITCH:
 		return 0;
@@ -89,6 +91,11 @@ long dispatch(u64 a1, u64 a2, u64 a3, u64 a4, u64 a5, u64 number)
 		return multicall((u64 *)a1, a2);
 	case UPDATE_VA_MAPPING:
 		return update_va_mapping(a1, a2, a3);
+	case XEN_VERSION:
+		/* The kernel asks this one for what a hypercall does besides: an event that became unmasked is taken. */
+		if (a1 == 0)
+			return XEN_INTERFACE;
+		break;
 	case VCPU_OP:
 		/* Asked for every processor that the kernel could have, 8192 times. */
 		if (a1 == VCPUOP_IS_UP)

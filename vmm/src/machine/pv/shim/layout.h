@@ -52,6 +52,13 @@
 #define CODE_CPL3 0x33
 #define DATA_CPL3 0x2b
 
+/* Values of COMM_KERNEL_MODE that are not 0: the kernel runs; it serves a process's write to a read-only page. */
+#define IN_KERNEL 1
+#define IN_FAULT 3
+
+/* The version of Xen's interface that is spoken: 4.17. */
+#define XEN_INTERFACE 0x40011
+
 /* Ports by which the shim calls the VMM. */
 #define PORT_HYPERCALL 0xf0
 #define PORT_INVALID_OPCODE 0xf1

@@ -86,38 +86,67 @@ static volatile u64 *leaf(u64 address)
 
 /*
  * Invalidating a page costs 20 microseconds here, and the fault after it as much again. The kernel
- * asks for it most often when it breaks copy-on-write: it clears the entry, invalidates, copies, and sets
- * a writable entry. So the invalidation of a user page is put off until the kernel
- * sets that entry, when a write to the page replaces whatever is cached, or does anything else
- * after which the stale entry could be used: at the latest when it returns to user mode.
+ * asks for it most often when it breaks copy-on-write: it clears the entry, invalidates, and sets
+ * a writable entry, all to serve a page fault of the process. Then the invalidation is put off until
+ * that entry is set, when a write to the page replaces whatever is cached.
+ *
+ * Until then nothing may reach the page through the stale entry. Nothing does, because it is put off only
+ *   - for the page whose fault the kernel is serving, of which it holds a reference meanwhile, and only if that fault
+ *     interrupted the process itself (IN_FAULT): no half-done copy from or to the process waits on the kernel's
+ *     stack. (In a system call one could: reclaim may take away the very page that a write() reads from.)
+ *   - up to whatever comes next: a change of a page table, an exception or event, a switch of stacks, a
+ *     call to the VMM, or the way out of the kernel.
  */
 static void put_off_flush(u64 address)
 {
 	flush_pending();
-	if (address < USER_END)
+	address &= ~(PAGE_SIZE - 1);
+	if (comm.kernel_mode == IN_FAULT && address == (vcpu_info()->cr2 & ~(PAGE_SIZE - 1)) && address < USER_END)
 		comm.pending = address | 1;
 	else
 		flush_page(address);
 }
 
-static void touch_if_pending(volatile u64 *slot, u64 entry)
+/* Whether this is the entry of the page whose invalidation is put off, and the page can be written through it. */
+static int is_pending(const volatile u64 *slot, u64 entry)
 {
 	u64 wanted = PTE_PRESENT | PTE_WRITE | PTE_USER;
 	u64 address = comm.pending & ~(PAGE_SIZE - 1);
 	u64 table = comm.cr3 & PTE_FRAME;
 	if ((entry & wanted) != wanted)
-		return;
+		return 0;
 	for (int level = 4; level > 1; level--) {
 		u64 upper = direct(table)[(address >> (12 + 9 * (level - 1))) & 511];
 		if ((upper & wanted) != wanted || (upper & PTE_LARGE))
-			return;
+			return 0;
 		table = upper & PTE_FRAME;
 	}
-	if (slot != &direct(table)[(address >> 12) & 511])
+	return slot == &direct(table)[(address >> 12) & 511];
+}
+
+/*
+ * Sets an entry while an invalidation is put off. If it is that page's, a write that changes nothing makes
+ * the processor look the entry up anew, unless what is cached could be written, too (a page that
+ * was moved). The entry tells: it is set without its dirty bit, which a look-up for a write sets.
+ */
+static void set_while_pending(volatile u64 *slot, u64 entry)
+{
+	u64 address = comm.pending & ~(PAGE_SIZE - 1);
+	if (!is_pending(slot, entry)) {
+		*slot = entry;
+		flush_pending();
 		return;
-	count(COUNT_TOUCHES);
-	comm.pending = 0;
+	}
+	*slot = entry & ~PTE_DIRTY;
 	__asm__ volatile("lock orb $0, (%0)" : : "r"(address) : "memory", "cc");
+	if (*slot & PTE_DIRTY) {
+		count(COUNT_TOUCHES);
+		comm.pending = 0;
+	} else {
+		flush_pending();
+	}
+	if (entry & ~*slot)
+		*slot |= entry & PTE_ACCESSED_DIRTY;
 }
 
 long mmu_update(const u64 *requests, u64 number)
@@ -133,9 +162,10 @@ long mmu_update(const u64 *requests, u64 number)
 		value = reachable(value);
 		if ((requests[0] & 3) == UPDATE_PRESERVES_AD)
 			value |= *direct(pointer) & PTE_ACCESSED_DIRTY;
-		*direct(pointer) = value;
 		if (comm.pending)
-			touch_if_pending(direct(pointer), value);
+			set_while_pending(direct(pointer), value);
+		else
+			*direct(pointer) = value;
 	}
 	return 0;
 }
@@ -150,6 +180,7 @@ long update_va_mapping(u64 address, u64 value, u64 flags)
 	    ((address >= KERNEL_DIRECT && address < KERNEL_DIRECT_END) || (address >= KERNEL_IMAGE && address < KERNEL_IMAGE_END)))
 		value |= PTE_WRITE;
 	value = reachable(value);
+	flush_pending();
 	u64 old = *slot;
 	if (!((old ^ value) & ~PTE_ACCESSED_DIRTY))
 		return 0;

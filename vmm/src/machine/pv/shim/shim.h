@@ -12,6 +12,7 @@ typedef unsigned long u64;
 #define PTE_PRESENT 0x1ul
 #define PTE_WRITE 0x2ul
 #define PTE_USER 0x4ul
+#define PTE_DIRTY 0x40ul
 #define PTE_ACCESSED_DIRTY 0x60ul
 #define PTE_LARGE 0x80ul
 #define PTE_FRAME 0x000ffffffffff000ul
@@ -45,7 +46,7 @@ struct trap {
 
 /* One page; the VMM reads and writes it while the guest is stopped. */
 struct comm {
-	u64 kernel_mode; /* 1 while the guest's kernel runs */
+	u64 kernel_mode; /* IN_KERNEL or IN_FAULT while the guest's kernel runs, else 0 */
 	u64 kernel_sp;
 	u64 user_gs;
 	u64 kernel_gs;

@@ -1,0 +1,102 @@
+//! The seam towards whoever keeps account of VMs: what is told, and what is asked, as they come
+//! and go. The sessions know nothing of records or snapshots.
+
+use std::fmt::Debug;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use futures_util::future::BoxFuture;
+
+use super::types::{SessionError, SessionId, SessionSpec, TenantId};
+use super::vm::{Frozen, Vm};
+
+/// A session's VM that has just begun to run.
+#[derive(Clone, Debug)]
+pub struct VmStarted {
+    /// Its owner.
+    pub tenant: TenantId,
+    /// Its session.
+    pub session: SessionId,
+    /// Its id.
+    pub vm_id: String,
+    /// What its session was made with.
+    pub spec: Arc<SessionSpec>,
+    /// The guest's memory as it really is, MiB.
+    pub memory_mib: u32,
+    /// When its lifetime ends.
+    pub expires_at: SystemTime,
+    /// The snapshot it was restored from, if it was not a template.
+    pub snapshot: Option<String>,
+    /// The suspended VM whose life it goes on with.
+    pub resumes: Option<String>,
+}
+
+/// Why a VM is no more, or not for now.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum VmEnd {
+    /// Its owner ended it.
+    Killed,
+    /// Its lifetime passed.
+    Expired,
+    /// It is frozen on disk and can be resumed.
+    Suspended,
+    /// The server went down.
+    Drained,
+    /// It died, or had to be ended.
+    Failed(String),
+}
+
+/// What becomes of a VM whose lifetime has passed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Parting {
+    /// It ends.
+    End,
+    /// It was frozen and can be resumed.
+    Suspend,
+}
+
+/// Keeps account of VMs.
+pub trait VmWatch: Debug + Send + Sync + 'static {
+    /// A VM runs. Says whether it wants [`Self::expiring`] at the end of its lifetime.
+    fn started(&self, vm: VmStarted) -> bool;
+
+    /// A VM is no more.
+    fn ended(&self, vm_id: &str, how: VmEnd);
+
+    /// A VM's lifetime has passed: the last moment to freeze it.
+    fn expiring<'a>(&'a self, vm_id: &'a str, vm: &'a Arc<dyn Vm>) -> BoxFuture<'a, Parting>;
+
+    /// Whether this VM was suspended, for sessions that are known from before the server started.
+    fn is_suspended(&self, vm_id: &str) -> bool;
+
+    /// A command needs a VM that is suspended: what to restore it from.
+    ///
+    /// # Errors
+    /// It is to be resumed by its owner only, or cannot be.
+    fn wake<'a>(&'a self, vm_id: &'a str) -> BoxFuture<'a, Result<Arc<Frozen>, SessionError>>;
+}
+
+/// Keeps no account: for tests, and for servers without one.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct NoWatch;
+
+impl VmWatch for NoWatch {
+    fn started(&self, _: VmStarted) -> bool {
+        false
+    }
+
+    fn ended(&self, _: &str, _: VmEnd) {}
+
+    fn expiring<'a>(&'a self, _: &'a str, _: &'a Arc<dyn Vm>) -> BoxFuture<'a, Parting> {
+        Box::pin(async { Parting::End })
+    }
+
+    fn is_suspended(&self, _: &str) -> bool {
+        false
+    }
+
+    fn wake<'a>(&'a self, vm_id: &'a str) -> BoxFuture<'a, Result<Arc<Frozen>, SessionError>> {
+        let asleep = SessionError::Asleep(vm_id.to_owned());
+        Box::pin(async { Err(asleep) })
+    }
+}

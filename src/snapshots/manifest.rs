@@ -1,0 +1,148 @@
+//! A snapshot's `manifest.json`.
+
+use std::path::Path;
+
+use anyhow::{Context, bail};
+use serde::{Deserialize, Serialize};
+use thaw_vmm::machine::MachineKind;
+
+use crate::image::manifest::Part;
+use crate::template::cpu::Cpu;
+use crate::template::machine_name;
+use crate::template::manifest::{Facts, MemoryPart, SOURCES, read_json, write_json};
+
+/// Version of the manifest and of the directory's layout.
+pub const FORMAT: u32 = 1;
+
+/// What a snapshot is there for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Kind {
+    /// Its owner asked for it; it stays until deleted.
+    User,
+    /// It is a suspended VM; it goes when that is resumed or ended.
+    Suspended,
+    /// It is between a VM and its clone; it goes at once.
+    Clone,
+}
+
+/// What a snapshot is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// [`FORMAT`].
+    pub format: u32,
+    /// Its id, and its directory's name.
+    pub id: String,
+    /// Who owns it.
+    pub tenant: String,
+    /// What its owner calls it.
+    pub name: String,
+    /// What it is there for.
+    pub kind: Kind,
+    /// The VM that was frozen.
+    pub vm_id: String,
+    /// That VM's session.
+    pub session_id: String,
+    /// Milliseconds since the Unix epoch.
+    pub created_ms: i64,
+    /// Digest of the image that the VM ran.
+    pub image: String,
+    /// Name that the image had.
+    pub image_name: String,
+    /// The machine that it runs on.
+    pub machine: MachineKind,
+    /// Guest memory, MiB.
+    pub memory_mib: u32,
+    /// The share of the processor that the VM had, in vCPUs' worth.
+    pub vcpus: u32,
+    /// Version of thaw that froze it.
+    pub thaw: String,
+    /// Fingerprint of the sources of the machine that froze it, whose code is partly in its memory.
+    pub sources: String,
+    /// Version of the wire that its agent speaks.
+    pub wire: u32,
+    /// Processor that it was frozen on.
+    pub cpu: Cpu,
+    /// Everything but memory.
+    pub state: Part,
+    /// Guest memory.
+    pub memory: MemoryPart,
+    /// Bytes that it takes on the disk.
+    pub disk_bytes: u64,
+}
+
+/// What VMs of this server run, which a snapshot must fit.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Ground {
+    /// Digest of the image.
+    pub image: String,
+    /// The image's name.
+    pub image_name: String,
+    /// The machine.
+    pub machine: MachineKind,
+}
+
+impl Manifest {
+    /// Reads a manifest.
+    ///
+    /// # Errors
+    /// It is missing, malformed or of another format.
+    pub fn read(path: &Path) -> anyhow::Result<Self> {
+        let manifest: Self = read_json(path)?;
+        if manifest.format != FORMAT {
+            bail!(
+                "{} has format {}, this thaw reads {FORMAT}",
+                path.display(),
+                manifest.format
+            );
+        }
+        Ok(manifest)
+    }
+
+    /// Writes the manifest and forces it to disk.
+    ///
+    /// # Errors
+    /// It cannot be written.
+    pub fn write(&self, path: &Path) -> anyhow::Result<()> {
+        write_json(self, path)
+    }
+
+    /// Whether this server on this host can run it faithfully.
+    ///
+    /// # Errors
+    /// It cannot; says why.
+    pub fn check(&self, ground: &Ground) -> anyhow::Result<()> {
+        if self.machine != ground.machine {
+            bail!(
+                "it runs on machine {}, this server's is {}",
+                machine_name(self.machine),
+                machine_name(ground.machine)
+            );
+        }
+        if self.image != ground.image {
+            bail!(
+                "it runs image {} ({}), this server's is {} ({})",
+                self.image_name,
+                self.image,
+                ground.image_name,
+                ground.image
+            );
+        }
+        let facts = Facts {
+            wire: self.wire,
+            thaw: &self.thaw,
+            sources: &self.sources,
+            cpu: &self.cpu,
+        };
+        facts.check_host().context("this host cannot run it")
+    }
+
+    /// The facts of a VM that is frozen here and now.
+    pub(super) fn made_here(&mut self) -> anyhow::Result<()> {
+        env!("CARGO_PKG_VERSION").clone_into(&mut self.thaw);
+        SOURCES.clone_into(&mut self.sources);
+        self.wire = thaw_wire::layout::VERSION;
+        self.cpu = Cpu::host()?;
+        Ok(())
+    }
+}

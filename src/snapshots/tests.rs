@@ -1,0 +1,186 @@
+//! Snapshots without VMs: what is on the disk, and who may have how much of it.
+
+use std::io::Write;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::future::BoxFuture;
+use thaw_wire::message::{Execute, Process, Renew};
+
+use super::*;
+use crate::session::{Channel, Run, SessionId, Vm, VmFigures};
+use crate::vms::tests::ground;
+
+/// A VM that can be frozen and nothing else.
+#[derive(Debug)]
+struct Still {
+    pages: usize,
+}
+
+impl Vm for Still {
+    fn renew(&self, _: Renew) -> BoxFuture<'_, anyhow::Result<()>> {
+        Box::pin(async { anyhow::bail!("it only stands still") })
+    }
+    fn execute(&self, _: Execute) -> BoxFuture<'_, anyhow::Result<Box<dyn Run>>> {
+        Box::pin(async { anyhow::bail!("it only stands still") })
+    }
+    fn open(&self, _: Process) -> BoxFuture<'_, anyhow::Result<Channel>> {
+        Box::pin(async { anyhow::bail!("it only stands still") })
+    }
+    fn save(&self, mut state: File, mut memory: File) -> BoxFuture<'_, anyhow::Result<()>> {
+        Box::pin(async move {
+            anyhow::ensure!(self.pages > 0, "it does not hold still");
+            state.write_all(b"state")?;
+            memory.write_all(&vec![7; self.pages * 4096])?;
+            memory.set_len(64 << 20)?;
+            Ok(())
+        })
+    }
+    fn figures(&self) -> BoxFuture<'_, anyhow::Result<VmFigures>> {
+        Box::pin(async { Ok(VmFigures::default()) })
+    }
+    fn set_share(&self, _: u32) {}
+    fn died(&self) -> BoxFuture<'static, String> {
+        Box::pin(std::future::pending())
+    }
+    fn end(&self) -> BoxFuture<'_, ()> {
+        Box::pin(async {})
+    }
+}
+
+fn config() -> SnapshotConfig {
+    SnapshotConfig {
+        disk_floor_mib: 0,
+        max_per_tenant: 3,
+        max_mib_per_tenant: 2,
+        ..SnapshotConfig::default()
+    }
+}
+
+fn tenant(name: &str) -> TenantId {
+    TenantId(name.into())
+}
+
+fn wish(owner: &str) -> Wish {
+    Wish {
+        tenant: tenant(owner),
+        name: String::new(),
+        kind: Kind::User,
+        vm_id: "vm".into(),
+        session: SessionId::mint(),
+        memory_mib: 64,
+        vcpus: 1,
+    }
+}
+
+async fn make(snapshots: &Snapshots, owner: &str, pages: usize) -> Result<String, SnapshotError> {
+    let id = snapshots.begin(&wish(owner))?;
+    snapshots.make(&id, Arc::new(Still { pages })).await?;
+    Ok(id)
+}
+
+#[tokio::test]
+async fn what_was_frozen_is_found_by_its_owner_and_by_the_next_server() {
+    let dir = tempfile::tempdir().unwrap();
+    let snapshots = Snapshots::open(dir.path(), ground(), config()).unwrap();
+    let id = make(&snapshots, "a", 10).await.unwrap();
+    let view = snapshots.get(&tenant("a"), &id).unwrap();
+    assert_eq!(
+        (view.status, view.manifest.name.as_str()),
+        (Status::Ready, &*id)
+    );
+    assert!(view.manifest.disk_bytes < 1 << 20, "{:?}", view.manifest);
+    assert!(snapshots.get(&tenant("b"), &id).is_err());
+    assert!(snapshots.frozen(&tenant("b"), &id).await.is_err());
+    let next = Snapshots::open(dir.path(), ground(), config()).unwrap();
+    let (frozen, _) = next.frozen(&tenant("a"), &id).await.unwrap();
+    assert_eq!(frozen.memory.metadata().unwrap().len(), 64 << 20);
+    next.delete(&tenant("a"), &id).await.unwrap();
+    assert!(!next.has(&id) && !next.dir(&id).exists());
+    assert_eq!(
+        std::fs::read_dir(dir.path().join("tmp")).unwrap().count(),
+        0
+    );
+}
+
+#[tokio::test]
+async fn what_does_not_fit_here_or_is_damaged_is_refused_with_the_reason() {
+    let dir = tempfile::tempdir().unwrap();
+    let snapshots = Snapshots::open(dir.path(), ground(), config()).unwrap();
+    let id = make(&snapshots, "a", 10).await.unwrap();
+    let why = async |ground: Ground| {
+        let next = Snapshots::open(dir.path(), ground, config()).unwrap();
+        next.frozen(&tenant("a"), &id)
+            .await
+            .unwrap_err()
+            .to_string()
+    };
+    let mut other = ground();
+    other.image = "sha256-2".into();
+    assert!(why(other).await.contains("image"));
+    let mut other = ground();
+    other.machine = thaw_vmm::machine::MachineKind::Hvm;
+    assert!(why(other).await.contains("hvm"));
+    let memory = snapshots.dir(&id).join(MEMORY);
+    let mut file = File::options().write(true).open(memory).unwrap();
+    file.write_all(b"damage").unwrap();
+    assert!(why(ground()).await.contains("damaged"));
+    // What this server made itself, it trusts.
+    assert!(snapshots.frozen(&tenant("a"), &id).await.is_ok());
+}
+
+#[tokio::test]
+async fn numbers_sizes_and_the_disk_are_bounds_and_failures_count_for_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let snapshots = Snapshots::open(dir.path(), ground(), config()).unwrap();
+    let failed = make(&snapshots, "a", 0).await.unwrap_err();
+    assert!(matches!(failed, SnapshotError::NotMade(_)));
+    let told = snapshots.list(&tenant("a"));
+    assert!(matches!(told[0].status, Status::Failed(_)));
+    let large = make(&snapshots, "a", 600).await.unwrap_err();
+    assert!(
+        matches!(large, SnapshotError::TooLarge { limit_mib: 2, .. }),
+        "{large}"
+    );
+    for _ in 0..3 {
+        make(&snapshots, "a", 10).await.unwrap();
+    }
+    let many = make(&snapshots, "a", 10).await.unwrap_err();
+    assert!(matches!(many, SnapshotError::TooMany { limit: 3 }));
+    make(&snapshots, "b", 10).await.unwrap();
+    let full = SnapshotConfig {
+        disk_floor_mib: 1 << 40,
+        ..config()
+    };
+    let tight = Snapshots::open(dir.path(), ground(), full).unwrap();
+    let said = make(&tight, "c", 10).await.unwrap_err().to_string();
+    assert!(
+        said.contains("MiB short") && said.contains("64 MiB"),
+        "{said}"
+    );
+    assert_eq!(
+        std::fs::read_dir(snapshots_dir(dir.path()))
+            .unwrap()
+            .count(),
+        4
+    );
+}
+
+#[tokio::test]
+async fn one_that_is_being_made_cannot_be_used_yet() {
+    let dir = tempfile::tempdir().unwrap();
+    let snapshots = Snapshots::open(dir.path(), ground(), config()).unwrap();
+    let id = snapshots.begin(&wish("a")).unwrap();
+    assert_eq!(
+        snapshots.get(&tenant("a"), &id).unwrap().status,
+        Status::Building
+    );
+    let early = snapshots.frozen(&tenant("a"), &id).await;
+    assert!(matches!(early, Err(SnapshotError::Building(_))));
+    let early = snapshots.delete(&tenant("a"), &id).await;
+    assert!(matches!(early, Err(SnapshotError::Building(_))));
+    let vm: Arc<dyn Vm> = Arc::new(Still { pages: 1 });
+    let made = tokio::time::timeout(Duration::from_secs(30), snapshots.make(&id, vm)).await;
+    made.unwrap().unwrap();
+    assert!(snapshots.has(&id));
+}
