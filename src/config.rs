@@ -156,6 +156,8 @@ impl Default for DefaultPlan {
 pub struct TaskConfig {
     /// Tasks of one user that may wait or run; more get 429.
     pub max_open: u32,
+    /// Megabytes of code that the tasks of one user that wait or run may have together; more get 429.
+    pub max_open_code_mib: u32,
     /// Milliseconds between two writes of a running task's output to the database.
     pub flush_ms: u64,
     /// Seconds a complete task's result is kept.
@@ -172,6 +174,8 @@ impl Default for TaskConfig {
     fn default() -> Self {
         Self {
             max_open: 1000,
+            // A thousand notebook cells fit many times over; a sixteenth of what the database keeps.
+            max_open_code_mib: 64,
             flush_ms: 200,
             keep_s: 24 * 3600,
             keep_count: 20_000,

@@ -1,6 +1,6 @@
 //! Sessions without VMs, for tests: a command's code says what becomes of it.
 //!
-//! `sleep N` takes N milliseconds, `full` finds the host full once per session, anything else is
+//! `sleep N` takes N milliseconds, `drip N MS` writes N numbers MS milliseconds apart, `full` finds the host full once per session, anything else is
 //! echoed. Every run is counted.
 
 use std::collections::HashMap;
@@ -24,6 +24,10 @@ pub(crate) struct FakeSessions {
 }
 
 impl FakeSessions {
+    pub(crate) fn sessions(&self) -> usize {
+        self.known.lock().unwrap().len()
+    }
+
     pub(crate) fn add(&self, tenant: &TenantId, id: &SessionId, spec: SessionSpec) {
         let key = (tenant.clone(), id.clone());
         self.known
@@ -132,11 +136,19 @@ impl Ticket for FakeTicket {
                 witness.starts().await.map_err(SessionError::Unavailable)?;
             }
             self.runs.fetch_add(1, Ordering::SeqCst);
-            if let Some(feed) = attached.feed {
+            if let Some(drip) = command.code.strip_prefix("drip ") {
+                let (count, ms) = drip.split_once(' ').unwrap();
+                for drop in 0..count.parse::<u64>().unwrap() {
+                    tokio::time::sleep(Duration::from_millis(ms.parse().unwrap())).await;
+                    if let Some(feed) = &attached.feed {
+                        feed.push(Output::Stdout, &format!("{drop} "));
+                    }
+                }
+            } else if let Some(feed) = attached.feed {
                 feed.push(Output::Stdout, "so far");
             }
             if let Some(ms) = command.code.strip_prefix("sleep ") {
-                tokio::time::sleep(Duration::from_millis(ms.parse().unwrap())).await;
+                tokio::time::sleep(Duration::from_millis(ms.trim().parse().unwrap())).await;
             }
             Ok(Outcome {
                 stdout: command.code,

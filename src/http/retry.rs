@@ -12,13 +12,16 @@
 //! An answer that nobody waited for is kept for [`UNDELIVERED`], which covers the pauses clients
 //! make between tries.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+mod kept;
+
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
 use dashmap::DashMap;
-use tokio::sync::watch;
+use kept::{Answered, Kept};
+use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 
 use super::error::ApiError;
@@ -31,12 +34,17 @@ const UNDELIVERED: Duration = Duration::from_secs(5);
 /// How long an answer to a named request is kept.
 const NAMED: Duration = Duration::from_secs(600);
 
-/// Bytes of kept answers. Beyond it the oldest go early; of a named request it is then still known that it
-/// ran, and a repetition is refused instead of run.
+/// Bytes of kept answers. Beyond it those go early, oldest first, of the tenant that has the most of them: what
+/// one tenant's answers take is no other's loss. Of a named request it is then still known that it ran,
+/// and a repetition is refused instead of run.
 const KEPT_BYTES: usize = 64 << 20;
 
-/// Requests that are remembered, answers aside: some hundred bytes each.
+/// Requests that are remembered, answers aside: some hundred bytes each. Beyond it, likewise, but then all of it
+/// is forgotten.
 const KEPT_REQUESTS: usize = 100_000;
+
+/// How often every tenant's answers are looked at, whoever asks.
+const SWEEP: Duration = Duration::from_secs(1);
 
 /// How long a closed connection may take to be noticed.
 const LETTING_GO: Duration = Duration::from_millis(60);
@@ -57,6 +65,13 @@ pub enum Same {
     New(TenantId, [u8; 32]),
 }
 
+impl Same {
+    fn tenant(&self) -> &TenantId {
+        let (Self::Named(tenant, ..) | Self::Body(tenant, _) | Self::New(tenant, _)) = self;
+        tenant
+    }
+}
+
 /// Requests that run, and answers worth keeping.
 #[derive(Clone, Debug, Default)]
 pub struct Retries {
@@ -65,22 +80,26 @@ pub struct Retries {
 
 #[derive(Debug, Default)]
 struct Inner {
-    open: DashMap<Same, Vec<Arc<Open>>>,
+    open: DashMap<Same, Alike>,
     kept: Mutex<Kept>,
 }
 
+/// The same request, as often as it was sent by somebody who waits.
 #[derive(Debug, Default)]
-struct Kept {
-    bytes: usize,
-    /// Oldest first.
-    answers: std::collections::VecDeque<(Instant, Same, Arc<Open>, usize)>,
+struct Alike {
+    open: Vec<Arc<Open>>,
+    /// Told when one of them has ended or is not waited for any more.
+    changed: Arc<Notify>,
 }
 
 #[derive(Debug)]
 struct Open {
     content: [u8; 32],
     waiting: AtomicUsize,
+    /// Somebody has taken the answer.
+    taken: AtomicBool,
     answer: watch::Sender<Option<Answer>>,
+    changed: Arc<Notify>,
 }
 
 /// Somebody who waits for an answer. Its drop is how a lost connection is noticed.
@@ -96,7 +115,10 @@ impl Waiter {
         let mut answer = self.0.answer.subscribe();
         let found = answer.wait_for(Option::is_some).await;
         match found.ok().and_then(|answer| answer.clone()) {
-            Some(answer) => answer,
+            Some(answer) => {
+                self.0.taken.store(true, Ordering::Release);
+                answer
+            }
             None => Err(ApiError::internal(
                 &"the work of a request ended without an answer",
             )),
@@ -107,13 +129,14 @@ impl Waiter {
 impl Drop for Waiter {
     fn drop(&mut self) {
         self.0.waiting.fetch_sub(1, Ordering::AcqRel);
+        self.0.changed.notify_waiters();
     }
 }
 
 impl Retries {
     /// The answer to a request: that of an earlier same one, or else of the work that `start` makes.
     /// `start` takes what must be taken in the order of arrival; the work runs to its end even when nobody waits
-    /// for it.
+    /// for it. `unclaimed` is what is left to do if nobody has come for an answer without a name.
     ///
     /// # Errors
     /// The answer's, `start`'s, and 409 for a name that was used for other content.
@@ -122,20 +145,22 @@ impl Retries {
         same: Same,
         content: [u8; 32],
         start: impl FnOnce() -> Result<F, ApiError>,
+        unclaimed: impl Future<Output = ()> + Send + 'static,
     ) -> Answer
     where
         F: Future<Output = Answer> + Send + 'static,
     {
-        self.forget_old();
+        self.forget_old(same.tenant());
         // First of all, so that the order of arrival is kept whatever is waited for below. A request
         // that joins an earlier one gives its place back by dropping the work.
         let work = start();
         self.let_go(&same).await;
         // No await while the map's guard lives.
         let waiter = {
-            let mut entry = self.inner.open.entry(same.clone()).or_default();
+            let mut alike = self.inner.open.entry(same.clone()).or_default();
             let named = matches!(same, Same::Named(..));
-            let earlier = entry
+            let earlier = alike
+                .open
                 .iter()
                 .find(|open| named || open.waiting.load(Ordering::Acquire) == 0);
             match earlier {
@@ -146,18 +171,22 @@ impl Retries {
                         let open = Arc::new(Open {
                             content,
                             waiting: AtomicUsize::new(0),
+                            taken: AtomicBool::new(false),
                             answer: watch::Sender::new(None),
+                            changed: alike.changed.clone(),
                         });
-                        entry.push(open.clone());
+                        alike.open.push(open.clone());
                         let waiter = Waiter::new(&open);
-                        tokio::spawn(self.clone().finish(same, open, work));
+                        tokio::spawn(self.clone().finish(same, open, work, unclaimed));
                         waiter
                     }
                     Err(error) => {
-                        let empty = entry.is_empty();
-                        drop(entry);
+                        let empty = alike.open.is_empty();
+                        drop(alike);
                         if empty {
-                            self.inner.open.remove_if(&same, |_, open| open.is_empty());
+                            self.inner
+                                .open
+                                .remove_if(&same, |_, alike| alike.open.is_empty());
                         }
                         return Err(error);
                     }
@@ -169,21 +198,29 @@ impl Retries {
 
     /// Gives the connection of an identical request in flight time to be seen closed. A client that gave up
     /// closes it and asks again at once; which of the two this server learns first is chance. A
-    /// request that is identical on purpose loses nothing: its turn comes after the other's anyway.
+    /// request that is identical on purpose loses nothing: its turn, which it has its place for, comes after
+    /// the other's end, and that ends the wait.
     async fn let_go(&self, same: &Same) {
         if !matches!(same, Same::Body(..)) {
             return;
         }
-        let held = || {
-            self.inner.open.get(same).is_some_and(|entry| {
-                let waited_for = |open: &Arc<Open>| open.waiting.load(Ordering::Acquire) > 0;
-                !entry.is_empty() && entry.iter().all(waited_for)
-            })
-        };
         let end = Instant::now() + LETTING_GO;
-        while held() && Instant::now() < end {
-            tokio::time::sleep(LETTING_GO / 10).await;
+        while let Some(changed) = self.held(same) {
+            let mut change = std::pin::pin!(changed.notified());
+            change.as_mut().enable();
+            // What happened before it listened is seen now, what happens after is told.
+            if self.held(same).is_none() || tokio::time::timeout_at(end, change).await.is_err() {
+                return;
+            }
         }
+    }
+
+    /// Where changes are told if this request runs already and all who sent it wait.
+    fn held(&self, same: &Same) -> Option<Arc<Notify>> {
+        let alike = self.inner.open.get(same)?;
+        let waited_for = |open: &Arc<Open>| open.waiting.load(Ordering::Acquire) > 0;
+        let held = !alike.open.is_empty() && alike.open.iter().all(waited_for);
+        held.then(|| alike.changed.clone())
     }
 
     async fn finish(
@@ -191,24 +228,30 @@ impl Retries {
         same: Same,
         open: Arc<Open>,
         work: impl Future<Output = Answer> + Send + 'static,
+        unclaimed: impl Future<Output = ()> + Send + 'static,
     ) {
         let answer = work.await;
         let size = answer.as_ref().map_or(0, Bytes::len);
         let wanted = answer.is_ok();
         open.answer.send_replace(Some(answer));
-        let keep = match same {
-            Same::Named(..) => Some(NAMED),
-            _ if open.waiting.load(Ordering::Acquire) == 0 => Some(UNDELIVERED),
-            Same::Body(..) | Same::New(..) => None,
-        };
-        match keep.filter(|_| wanted) {
-            Some(time) => {
-                let mut kept = self.kept();
-                kept.bytes += size;
-                kept.answers
-                    .push_back((Instant::now() + time, same, open, size));
+        let is_named = matches!(same, Same::Named(..));
+        let waited_for = open.waiting.load(Ordering::Acquire) > 0;
+        if !wanted || (waited_for && !is_named) {
+            self.forget(&same, &open);
+            return;
+        }
+        let time = if is_named { NAMED } else { UNDELIVERED };
+        self.kept().keep(Answered {
+            until: Instant::now() + time,
+            same,
+            open: open.clone(),
+            size,
+        });
+        if !is_named {
+            tokio::time::sleep(UNDELIVERED).await;
+            if !open.taken.load(Ordering::Acquire) && open.waiting.load(Ordering::Acquire) == 0 {
+                unclaimed.await;
             }
-            None => self.forget(&same, &open),
         }
     }
 
@@ -220,45 +263,27 @@ impl Retries {
     }
 
     fn forget(&self, same: &Same, gone: &Arc<Open>) {
-        if let Some(mut entry) = self.inner.open.get_mut(same) {
-            entry.retain(|open| !Arc::ptr_eq(open, gone));
+        if let Some(mut alike) = self.inner.open.get_mut(same) {
+            alike.open.retain(|open| !Arc::ptr_eq(open, gone));
         }
-        self.inner.open.remove_if(same, |_, open| open.is_empty());
+        self.inner
+            .open
+            .remove_if(same, |_, alike| alike.open.is_empty());
+        gone.changed.notify_waiters();
     }
 
-    fn forget_old(&self) {
-        let now = Instant::now();
-        let old: Vec<_> = {
-            let mut kept = self.kept();
-            if kept.answers.is_empty() {
-                return;
-            }
-            let mut old = Vec::new();
-            let mut excess = kept.bytes.saturating_sub(KEPT_BYTES);
-            let mut crowd = kept.answers.len().saturating_sub(KEPT_REQUESTS);
-            let mut freed = 0;
-            // The kinds have different times, so the whole queue is looked at.
-            kept.answers.retain_mut(|(until, same, open, size)| {
-                let is_over = *until <= now || crowd > 0;
-                if is_over || excess > 0 {
-                    excess = excess.saturating_sub(*size);
-                    freed += std::mem::take(size);
-                    if !is_over && matches!(same, Same::Named(..)) {
-                        open.answer.send_replace(Some(Err(answered_before())));
-                        return true;
-                    }
-                    crowd = crowd.saturating_sub(1);
-                    old.push((same.clone(), open.clone()));
-                    return false;
-                }
-                true
-            });
-            kept.bytes -= freed;
-            old
-        };
-        for (same, open) in old {
-            self.forget(&same, &open);
+    fn forget_old(&self, tenant: &TenantId) {
+        let old = self.kept().old(tenant, Instant::now());
+        for answered in old {
+            self.forget(&answered.same, &answered.open);
         }
+    }
+
+    /// As after a restart.
+    #[cfg(test)]
+    pub(super) fn forget_all(&self) {
+        self.inner.open.clear();
+        *self.kept() = Kept::default();
     }
 }
 
@@ -279,148 +304,4 @@ pub fn name_reused() -> ApiError {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[derive(Clone, Default)]
-    struct Counted {
-        retries: Retries,
-        runs: Arc<AtomicUsize>,
-    }
-
-    impl Counted {
-        /// Sends a request that takes a while, as a task that can be aborted like a connection.
-        fn send(&self, same: Same, content: u8) -> tokio::task::JoinHandle<Answer> {
-            let this = self.clone();
-            tokio::spawn(async move {
-                let runs = this.runs.clone();
-                let start = || {
-                    Ok(async move {
-                        let run = runs.fetch_add(1, Ordering::SeqCst);
-                        tokio::time::sleep(Duration::from_millis(100)).await;
-                        Ok(Bytes::from(run.to_string()))
-                    })
-                };
-                this.retries.run(same, [content; 32], start).await
-            })
-        }
-
-        fn runs(&self) -> usize {
-            self.runs.load(Ordering::SeqCst)
-        }
-    }
-
-    fn body() -> Same {
-        Same::Body(TenantId("t".into()), [1; 32])
-    }
-
-    fn named(name: &str) -> Same {
-        Same::Named(TenantId("t".into()), "/execute", name.into())
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_repetition_joins_the_first_when_its_client_is_gone() {
-        let counted = Counted::default();
-        let first = counted.send(body(), 1);
-        tokio::time::sleep(Duration::from_millis(10)).await;
-        first.abort();
-        assert!(first.await.is_err());
-        let again = counted.send(body(), 1).await.unwrap().unwrap();
-        assert_eq!((counted.runs(), again), (1, Bytes::from("0")));
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn two_clients_who_both_wait_get_two_runs() {
-        let counted = Counted::default();
-        let (a, b) = (counted.send(body(), 1), counted.send(body(), 1));
-        a.await.unwrap().unwrap();
-        b.await.unwrap().unwrap();
-        assert_eq!(counted.runs(), 2);
-        counted.send(body(), 1).await.unwrap().unwrap();
-        assert_eq!(counted.runs(), 3, "a delivered answer is not kept");
-        assert!(counted.retries.inner.open.is_empty());
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn an_answer_nobody_waited_for_is_kept_for_the_next_try_only_a_while() {
-        let counted = Counted::default();
-        let first = counted.send(body(), 1);
-        tokio::time::sleep(Duration::from_millis(10)).await;
-        first.abort();
-        tokio::time::sleep(Duration::from_secs(2)).await;
-        counted.send(body(), 1).await.unwrap().unwrap();
-        assert_eq!(counted.runs(), 1);
-        tokio::time::sleep(UNDELIVERED).await;
-        counted.send(body(), 1).await.unwrap().unwrap();
-        assert_eq!(counted.runs(), 2);
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_named_request_runs_once_even_when_both_wait() {
-        let counted = Counted::default();
-        let (a, b) = (counted.send(named("k"), 1), counted.send(named("k"), 1));
-        assert_eq!(a.await.unwrap().unwrap(), b.await.unwrap().unwrap());
-        counted.send(named("k"), 1).await.unwrap().unwrap();
-        assert_eq!(counted.runs(), 1);
-        let other = counted.send(named("k"), 2).await.unwrap().unwrap_err();
-        assert_eq!(other.status().as_u16(), 409);
-        tokio::time::sleep(NAMED * 2).await;
-        counted.send(named("k"), 2).await.unwrap().unwrap();
-        assert_eq!(counted.runs(), 2);
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn places_are_taken_in_the_order_of_arrival() {
-        let retries = Retries::default();
-        let order = Arc::new(Mutex::new(Vec::new()));
-        let send = |same: Same, name: &'static str| {
-            let (retries, order) = (retries.clone(), order.clone());
-            tokio::spawn(async move {
-                let start = || {
-                    order.lock().unwrap().push(name);
-                    Ok(async {
-                        tokio::time::sleep(Duration::from_secs(1)).await;
-                        Ok(Bytes::new())
-                    })
-                };
-                retries.run(same, [1; 32], start).await
-            })
-        };
-        let other = Same::Body(TenantId("t".into()), [2; 32]);
-        let mut sent = Vec::new();
-        for (same, name) in [(body(), "a"), (body(), "a again"), (other, "b")] {
-            sent.push(send(same, name));
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-        for request in sent {
-            request.await.unwrap().unwrap();
-        }
-        assert_eq!(*order.lock().unwrap(), ["a", "a again", "b"]);
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn what_ran_is_not_run_again_even_when_its_answer_is_gone() {
-        let retries = Retries::default();
-        let runs = Arc::new(AtomicUsize::new(0));
-        let send = |name: String| {
-            let (retries, runs) = (retries.clone(), runs.clone());
-            async move {
-                let start = || {
-                    Ok(async move {
-                        runs.fetch_add(1, Ordering::SeqCst);
-                        Ok(Bytes::from(vec![0; KEPT_BYTES / 8]))
-                    })
-                };
-                retries.run(named(&name), [1; 32], start).await
-            }
-        };
-        for number in 0..12 {
-            send(number.to_string()).await.unwrap();
-        }
-        let again = send("0".into()).await.unwrap_err();
-        assert_eq!(again.status().as_u16(), 409);
-        assert!(send("11".into()).await.is_ok());
-        assert_eq!(runs.load(Ordering::SeqCst), 12);
-        assert!(retries.kept().bytes <= KEPT_BYTES);
-    }
-}
+mod tests;

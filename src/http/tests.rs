@@ -395,6 +395,29 @@ async fn a_retried_request_does_not_run_twice() {
 }
 
 #[tokio::test]
+async fn a_task_that_is_known_or_not_taken_makes_no_session() {
+    let world = World::new(|config| config.task.max_open = 1).await;
+    let head = format!("X-API-Key: {KEY}\r\nIdempotency-Key: once\r\n");
+    let body = json!({ "command": "sleep 400" }).to_string();
+    let mut wire = world.connect().await;
+    let first = wire.ask("POST", "/execute_async", &head, &body).await;
+    assert_eq!(first.status, 200);
+    let (status, _) = world
+        .post("/execute_async", json!({ "command": "1" }))
+        .await;
+    assert_eq!(status, 429);
+    // As after a restart, or ten minutes later: only the database knows the name.
+    world.app.retries.forget_all();
+    let again = wire.ask("POST", "/execute_async", &head, &body).await;
+    let ids = |answer: &Answer| {
+        let (status, told) = answer.json();
+        (status, told["task_id"].clone(), told["session_id"].clone())
+    };
+    assert_eq!(ids(&again), ids(&first));
+    assert_eq!(world.backend.sessions(), 1);
+}
+
+#[tokio::test]
 async fn beyond_the_plan_s_rate_is_429_with_the_time_to_wait() {
     let world = World::new(|_| {}).await;
     let plan = PlanRow {

@@ -80,6 +80,16 @@ impl Feed {
         lock(&self.state).output.clone()
     }
 
+    /// What came after the first so many bytes of standard output and standard error.
+    pub fn since(&self, seen: [usize; 2]) -> PartialOutput {
+        let state = lock(&self.state);
+        let rest = |text: &str, seen: usize| text.get(seen..).unwrap_or_default().to_owned();
+        PartialOutput {
+            stdout: rest(&state.output.stdout, seen[0]),
+            stderr: rest(&state.output.stderr, seen[1]),
+        }
+    }
+
     /// Tells of changes.
     pub fn watch(&self) -> watch::Receiver<u64> {
         self.news.subscribe()

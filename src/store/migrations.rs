@@ -16,6 +16,7 @@ const STEPS: &[&str] = &[
     super::ssh_keys::SCHEMA,
     super::egress::SCHEMA,
     "ALTER TABLE keys ADD COLUMN last_used_ms INTEGER;",
+    super::task_output::SCHEMA,
 ];
 
 /// Times are milliseconds since the Unix epoch. `epoch` invalidates a user's tokens when it grows.

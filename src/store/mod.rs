@@ -15,6 +15,7 @@ mod migrations;
 mod plans;
 mod sessions;
 mod ssh_keys;
+mod task_output;
 mod tasks;
 mod users;
 mod vms;
@@ -34,7 +35,10 @@ pub use keys::{KeyRow, NewKey};
 pub use plans::PlanRow;
 pub use sessions::StoredSessions;
 pub use ssh_keys::SshKeyRow;
-pub use tasks::{NewTask, Submitted, TaskEnd, TaskRow, TaskState, language_name};
+pub use task_output::TaskOutput;
+pub use tasks::{
+    Asked, NewTask, Submitted, TaskEnd, TaskRow, TaskState, WaitingTask, language_name,
+};
 pub use users::UserRow;
 pub use vms::VmRow;
 

@@ -3,6 +3,7 @@
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
 use super::now_ms;
+use super::task_output::TaskOutput;
 use crate::session::{Command, ContextName, Language, Outcome};
 
 /// How far a task has come.
@@ -120,48 +121,34 @@ pub enum Submitted {
     KeyReused,
     /// The tenant has this many tasks waiting already.
     Full(u32),
+    /// The code of the tenant's open tasks is as long as it may be.
+    TooMuchCode,
 }
 
 const COLUMNS: &str = "id, tenant, session_id, language, code, timeout_ms, max_vms, state,
     created_ms, stdout, stderr, truncated_bytes, exit_code, execution_us, cpu_us, vm_restarted, context, results, live";
 
 impl NewTask {
-    /// Stores the task unless it is a repetition or the tenant has `limit` open tasks.
+    /// Stores the task unless it is a repetition, the tenant has `limit` open tasks, or there is no room for
+    /// its code.
     ///
     /// # Errors
     /// SQLite's.
-    pub fn insert(&self, connection: &mut Connection, limit: u32) -> rusqlite::Result<Submitted> {
+    pub fn insert(
+        &self,
+        connection: &mut Connection,
+        limit: u32,
+        has_room: bool,
+    ) -> rusqlite::Result<Submitted> {
         let transaction =
             connection.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
-        if let Some(key) = &self.idempotency_key {
-            let earlier: Option<(String, String, i64, Vec<u8>)> = transaction
-                .prepare_cached(
-                    "SELECT id, session_id, created_ms, body_hash FROM tasks
-                     WHERE tenant = ?1 AND idempotency_key = ?2",
-                )?
-                .query_row(params![self.tenant, key], |row| {
-                    Ok((row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?))
-                })
-                .optional()?;
-            if let Some((id, session_id, created_ms, hash)) = earlier {
-                return Ok(if hash == self.body_hash {
-                    Submitted::Same {
-                        id,
-                        session_id,
-                        created_ms,
-                    }
-                } else {
-                    Submitted::KeyReused
-                });
-            }
-        }
-        let open: u32 = transaction
-            .prepare_cached(
-                "SELECT count(*) FROM tasks WHERE state IN ('queued', 'running') AND tenant = ?1",
-            )?
-            .query_row([&self.tenant], |row| row.get(0))?;
-        if open >= limit {
-            return Ok(Submitted::Full(limit));
+        let asked = Asked {
+            tenant: &self.tenant,
+            key: self.idempotency_key.as_deref(),
+            body_hash: &self.body_hash,
+        };
+        if let Some(not_new) = asked.foresee(&transaction, limit, has_room)? {
+            return Ok(not_new);
         }
         transaction
             .prepare_cached(
@@ -188,6 +175,80 @@ impl NewTask {
     }
 }
 
+/// What is known of a task before it is put together.
+#[derive(Clone, Copy, Debug)]
+pub struct Asked<'a> {
+    /// Its owner.
+    pub tenant: &'a str,
+    /// The client's own name for the request.
+    pub key: Option<&'a str>,
+    /// SHA-256 of what the request asks for.
+    pub body_hash: &'a [u8; 32],
+}
+
+impl Asked<'_> {
+    /// What [`NewTask::insert`] would say now, if that is not [`Submitted::New`].
+    ///
+    /// # Errors
+    /// SQLite's.
+    pub fn foresee(
+        &self,
+        connection: &Connection,
+        limit: u32,
+        has_room: bool,
+    ) -> rusqlite::Result<Option<Submitted>> {
+        if let Some(key) = self.key {
+            let earlier: Option<(String, String, i64, Vec<u8>)> = connection
+                .prepare_cached(
+                    "SELECT id, session_id, created_ms, body_hash FROM tasks
+                     WHERE tenant = ?1 AND idempotency_key = ?2",
+                )?
+                .query_row(params![self.tenant, key], |row| {
+                    Ok((row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?))
+                })
+                .optional()?;
+            if let Some((id, session_id, created_ms, hash)) = earlier {
+                return Ok(Some(if hash == self.body_hash {
+                    Submitted::Same {
+                        id,
+                        session_id,
+                        created_ms,
+                    }
+                } else {
+                    Submitted::KeyReused
+                }));
+            }
+        }
+        let open: u32 = connection
+            .prepare_cached(
+                "SELECT count(*) FROM tasks WHERE state IN ('queued', 'running') AND tenant = ?1",
+            )?
+            .query_row([self.tenant], |row| row.get(0))?;
+        Ok(if open >= limit {
+            Some(Submitted::Full(limit))
+        } else {
+            (!has_room).then_some(Submitted::TooMuchCode)
+        })
+    }
+}
+
+/// A task that waits, as it is taken up by the next run of the server.
+#[derive(Clone, Debug)]
+pub struct WaitingTask {
+    /// Its id.
+    pub id: String,
+    /// Its owner.
+    pub tenant: String,
+    /// The session it runs in.
+    pub session_id: String,
+    /// What it runs; without the code if that is long.
+    pub command: Command,
+    /// Bytes of its code.
+    pub code_bytes: usize,
+    /// VMs that its owner's plan allowed when it was accepted.
+    pub max_vms: u32,
+}
+
 /// How a task ended, as it is stored.
 #[derive(Clone, Debug)]
 pub struct TaskEnd {
@@ -202,9 +263,10 @@ impl TaskEnd {
     ///
     /// # Errors
     /// SQLite's.
-    pub fn store(&self, connection: &Connection) -> rusqlite::Result<()> {
+    pub fn store(&self, connection: &mut Connection) -> rusqlite::Result<()> {
         let outcome = &self.outcome;
-        connection
+        let transaction = connection.transaction()?;
+        transaction
             .prepare_cached(
                 "UPDATE tasks SET state = ?10, finished_ms = ?2, stdout = ?3, stderr = ?4,
                     truncated_bytes = ?5, exit_code = ?6, execution_us = ?7, cpu_us = ?8,
@@ -227,7 +289,8 @@ impl TaskEnd {
                 },
                 outcome.results,
             ])?;
-        Ok(())
+        TaskOutput::forget(&transaction, &self.id)?;
+        transaction.commit()
     }
 }
 
@@ -275,17 +338,41 @@ impl TaskRow {
             .optional()
     }
 
-    /// Every task that waits, in the order of acceptance.
+    /// Every task that waits, in the order of acceptance. Code of more than `short` bytes is left where it is.
     ///
     /// # Errors
     /// SQLite's.
-    pub fn queued(connection: &Connection) -> rusqlite::Result<Vec<Self>> {
+    pub fn queued(connection: &Connection, short: usize) -> rusqlite::Result<Vec<WaitingTask>> {
         connection
             .prepare(&format!(
                 "SELECT {COLUMNS} FROM tasks WHERE state = 'queued' ORDER BY seq"
             ))?
-            .query_map([], Self::read)?
+            .query_map([], |row| {
+                let mut row = Self::read(row)?;
+                let code_bytes = row.command.code.len();
+                if code_bytes > short {
+                    row.command.code = String::new();
+                }
+                Ok(WaitingTask {
+                    id: row.id,
+                    tenant: row.tenant,
+                    session_id: row.session_id,
+                    command: row.command,
+                    code_bytes,
+                    max_vms: row.max_vms,
+                })
+            })?
             .collect()
+    }
+
+    /// A task's code.
+    ///
+    /// # Errors
+    /// SQLite's; there is no such task.
+    pub fn code(connection: &Connection, id: &str) -> rusqlite::Result<String> {
+        connection
+            .prepare_cached("SELECT code FROM tasks WHERE id = ?1")?
+            .query_row([id], |row| row.get(0))
     }
 
     /// Notes that the task runs now.
@@ -297,43 +384,6 @@ impl TaskRow {
             .prepare_cached("UPDATE tasks SET state = 'running', started_ms = ?2 WHERE id = ?1")?
             .execute(params![id, now_ms()])?;
         Ok(())
-    }
-
-    /// Notes what a running task has written so far.
-    ///
-    /// # Errors
-    /// SQLite's.
-    pub fn store_partial(
-        connection: &Connection,
-        id: &str,
-        stdout: &str,
-        stderr: &str,
-    ) -> rusqlite::Result<()> {
-        connection
-            .prepare_cached(
-                "UPDATE tasks SET stdout = ?2, stderr = ?3 WHERE id = ?1 AND state = 'running'",
-            )?
-            .execute(params![id, stdout, stderr])?;
-        Ok(())
-    }
-
-    /// At start-up: tasks that ran when the server stopped are interrupted, and say so. Their count.
-    ///
-    /// # Errors
-    /// SQLite's.
-    pub fn interrupt_running(
-        connection: &Connection,
-        note: &str,
-        exit_code: i32,
-    ) -> rusqlite::Result<usize> {
-        connection.execute(
-            "UPDATE tasks SET state = 'interrupted', finished_ms = ?1, exit_code = ?3,
-                execution_us = max(0, (?1 - coalesce(started_ms, ?1)) * 1000), cpu_us = 0,
-                stderr = stderr || CASE WHEN stderr = '' OR stderr LIKE '%' || char(10)
-                    THEN '' ELSE char(10) END || ?2
-             WHERE state = 'running'",
-            params![now_ms(), note, exit_code],
-        )
     }
 
     /// Forgets complete tasks that ended before `before_ms`, and the oldest complete ones beyond
@@ -404,94 +454,4 @@ fn parse_language(name: &str) -> Language {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::store::scratch;
-    use std::time::Duration;
-
-    fn task(id: &str, key: Option<&str>, hash: u8) -> NewTask {
-        NewTask {
-            id: id.into(),
-            tenant: "t".into(),
-            session_id: "s".into(),
-            command: Command {
-                context: None,
-                live: false,
-                language: Language::Bash,
-                code: "true".into(),
-                timeout: Duration::from_secs(5),
-                answer_within: None,
-            },
-            max_vms: 3,
-            idempotency_key: key.map(Into::into),
-            body_hash: [hash; 32],
-        }
-    }
-
-    #[test]
-    fn a_repeated_key_finds_the_first_task_and_only_for_the_same_body() {
-        let (_dir, store) = scratch();
-        store
-            .call_blocking(|c| {
-                assert_eq!(task("1", Some("k"), 1).insert(c, 9)?, Submitted::New);
-                let again = task("2", Some("k"), 1).insert(c, 9)?;
-                assert!(matches!(again, Submitted::Same { id, .. } if id == "1"));
-                assert_eq!(task("3", Some("k"), 2).insert(c, 9)?, Submitted::KeyReused);
-                assert_eq!(task("4", None, 1).insert(c, 9)?, Submitted::New);
-                assert_eq!(task("5", None, 1).insert(c, 2)?, Submitted::Full(2));
-                Ok(())
-            })
-            .unwrap();
-    }
-
-    #[test]
-    fn running_tasks_are_interrupted_with_their_output_and_queued_ones_stay() {
-        let (_dir, store) = scratch();
-        store
-            .call_blocking(|c| {
-                task("1", None, 1).insert(c, 9)?;
-                task("2", None, 1).insert(c, 9)?;
-                TaskRow::mark_running(c, "1")?;
-                TaskRow::store_partial(c, "1", "half", "oops")?;
-                assert_eq!(TaskRow::interrupt_running(c, "note", 137)?, 1);
-                let one = TaskRow::find(c, "t", "1")?.unwrap();
-                assert_eq!(one.state, TaskState::Interrupted);
-                assert_eq!(
-                    (one.stdout.as_str(), one.stderr.as_str()),
-                    ("half", "oops\nnote")
-                );
-                assert_eq!(one.exit_code, Some(137));
-                let waiting = TaskRow::queued(c)?;
-                assert_eq!(waiting.len(), 1);
-                assert_eq!(waiting[0].id, "2");
-                assert_eq!(waiting[0].command.language, Language::Bash);
-                assert!(TaskRow::find(c, "other", "1")?.is_none());
-                Ok(())
-            })
-            .unwrap();
-    }
-
-    #[test]
-    fn only_complete_tasks_are_reaped() {
-        let (_dir, store) = scratch();
-        store
-            .call_blocking(|c| {
-                for id in ["1", "2", "3"] {
-                    task(id, None, 1).insert(c, 9)?;
-                }
-                for id in ["1", "2"] {
-                    let outcome = Outcome::default();
-                    TaskEnd {
-                        id: id.into(),
-                        outcome,
-                    }
-                    .store(c)?;
-                }
-                assert_eq!(TaskRow::reap(c, 0, 1, 10)?, 1);
-                assert_eq!(TaskRow::reap(c, now_ms() + 1, 1, 10)?, 1);
-                assert!(TaskRow::find(c, "t", "3")?.is_some());
-                Ok(())
-            })
-            .unwrap();
-    }
-}
+pub(super) mod tests;

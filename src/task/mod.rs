@@ -3,9 +3,10 @@
 //! A task's row is committed before its id is given out. Its place in the session's line is taken
 //! before that, so a task and the commands sent after its acknowledgement run in that order. A
 //! task becomes `running` in the database before its command starts; what the command writes
-//! follows every [`TaskConfig::flush_ms`]. So after a crash a `queued` row has certainly not run and is
+//! follows, piece by piece, every [`TaskConfig::flush_ms`]. So after a crash a `queued` row has certainly not run and is
 //! run, and a `running` row may have run and is not run again: it is interrupted.
 
+mod room;
 mod run;
 
 use std::sync::Arc;
@@ -17,7 +18,10 @@ use tokio::sync::watch;
 use crate::backend::{Backend, Ticket};
 use crate::config::TaskConfig;
 use crate::session::{Feed, Follower, SessionId, TenantId};
-use crate::store::{NewTask, Store, StoreError, Submitted, TaskRow, now_ms};
+use crate::store::{
+    Asked, NewTask, Store, StoreError, Submitted, TaskOutput, TaskRow, WaitingTask, now_ms,
+};
+use room::CodeRooms;
 
 /// Exit code of a task that was running when the server stopped: as if killed.
 const INTERRUPTED: i32 = 137;
@@ -44,6 +48,7 @@ struct Inner {
     config: TaskConfig,
     /// Tasks that are not complete. Values are taken out before anything is awaited.
     live: DashMap<String, Arc<Live>>,
+    rooms: CodeRooms,
 }
 
 /// A task that is not complete.
@@ -68,8 +73,8 @@ impl Tasks {
     ) -> Result<Self, StoreError> {
         let (interrupted, queued) = store
             .call(|c| {
-                let interrupted = TaskRow::interrupt_running(c, INTERRUPTED_NOTE, INTERRUPTED)?;
-                Ok((interrupted, TaskRow::queued(c)?))
+                let interrupted = TaskOutput::interrupt_running(c, INTERRUPTED_NOTE, INTERRUPTED)?;
+                Ok((interrupted, TaskRow::queued(c, run::SHORT_CODE)?))
             })
             .await?;
         if interrupted + queued.len() > 0 {
@@ -77,6 +82,7 @@ impl Tasks {
         }
         let tasks = Self {
             inner: Arc::new(Inner {
+                rooms: CodeRooms::new((config.max_open_code_mib as usize) << 20),
                 store,
                 backend,
                 config,
@@ -115,10 +121,13 @@ impl Tasks {
         };
         let limit = inner.config.max_open;
         let id = task.id.clone();
-        let stored = task.clone();
+        let (room, fits) = inner.rooms.take(&task.tenant, task.command.code.len());
+        let command = run::without_long_code(&task.command);
+        let max_vms = task.max_vms;
         // Known before it is durable, so that a poll never finds it neither here nor there.
         let live = inner.enter(&id, &task.tenant);
-        let submitted = inner.store.call(move |c| stored.insert(c, limit)).await;
+        let stored = inner.store.call(move |c| task.insert(c, limit, fits));
+        let submitted = stored.await;
         if !matches!(submitted, Ok(Submitted::New)) {
             inner.live.remove(&id);
             return submitted;
@@ -127,12 +136,47 @@ impl Tasks {
             id,
             tenant,
             session,
-            command: task.command,
-            max_vms: task.max_vms,
+            command,
+            max_vms,
+            room,
         };
         let inner = inner.clone();
         tokio::spawn(async move { inner.run(job, live, Some(ticket)).await });
         Ok(Submitted::New)
+    }
+
+    /// What [`Self::submit`] would say to a task of this name, content and length if that is not
+    /// [`Submitted::New`], for who would have to make something for the task first.
+    ///
+    /// # Errors
+    /// The database failed.
+    pub async fn foresee(
+        &self,
+        tenant: &TenantId,
+        key: Option<String>,
+        body_hash: [u8; 32],
+        code_bytes: usize,
+    ) -> Result<Option<Submitted>, StoreError> {
+        let inner = &self.inner;
+        let (limit, fits) = (
+            inner.config.max_open,
+            inner.rooms.fits(&tenant.0, code_bytes),
+        );
+        let tenant = tenant.0.clone();
+        let foreseen = inner.store.call(move |c| {
+            let asked = Asked {
+                tenant: &tenant,
+                key: key.as_deref(),
+                body_hash: &body_hash,
+            };
+            asked.foresee(c, limit, fits)
+        });
+        foreseen.await
+    }
+
+    /// MiB of code that the open tasks of one tenant may have.
+    pub fn most_code_mib(&self) -> u32 {
+        self.inner.config.max_open_code_mib
     }
 
     /// The tenant's task as of now, or as of when it completes if that is within `wait`.
@@ -202,7 +246,7 @@ impl Tasks {
     }
 
     /// Runs the queued tasks of the last run, each session's in their order.
-    fn recover(&self, queued: Vec<TaskRow>) {
+    fn recover(&self, queued: Vec<WaitingTask>) {
         let mut by_session: Vec<(SessionId, Vec<_>)> = Vec::new();
         for row in queued {
             let Some(session) = SessionId::parse(&row.session_id) else {
@@ -214,12 +258,15 @@ impl Tasks {
             // Before the server listens, so that new commands come after these. Those beyond
             // the line's length take their places as it moves.
             let ticket = self.inner.backend.accept(&tenant, &session).ok();
+            // However much it is: it was accepted.
+            let (room, _) = self.inner.rooms.take(&tenant.0, row.code_bytes);
             let job = run::Job {
                 id: row.id,
                 tenant,
                 session: session.clone(),
                 command: row.command,
                 max_vms: row.max_vms,
+                room,
             };
             match by_session.iter_mut().find(|(id, _)| *id == session) {
                 Some((_, jobs)) => jobs.push((job, live, ticket)),

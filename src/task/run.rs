@@ -6,12 +6,13 @@ use std::time::Duration;
 use futures_util::future::BoxFuture;
 use tokio::time::Instant;
 
+use super::room::CodeRoom;
 use super::{Inner, Live};
 use crate::backend::Ticket;
 use crate::session::{
     Attached, Command, Outcome, PlanLimits, SessionError, SessionId, TenantId, Witness,
 };
-use crate::store::{Store, StoreError, TaskEnd, TaskRow};
+use crate::store::{Store, StoreError, TaskEnd, TaskOutput, TaskRow};
 
 /// Exit code of a task that thaw could not run at all, as container tools have it.
 const NOT_RUN: i32 = 125;
@@ -20,12 +21,13 @@ const NOT_RUN: i32 = 125;
 const RETRY_FIRST: Duration = Duration::from_millis(50);
 const RETRY_MOST: Duration = Duration::from_secs(2);
 
-/// Output of a running task that is written at the configured pace; twice as much is written half as
-/// often. So a task writes some hundred KiB a second to the database, however much it prints.
-const FLUSH_STEP: usize = 64 << 10;
-
 /// Tries to store a result before it is given up; the pause doubles from [`RETRY_FIRST`].
 const STORE_TRIES: u32 = 8;
+
+/// Code of a waiting task that is kept in memory; longer code is read again when its turn comes. What a user's
+/// waiting tasks take is then small whatever they run, and a short command costs no second look at the
+/// database.
+pub(super) const SHORT_CODE: usize = 4 << 10;
 
 /// What is to run.
 #[derive(Debug)]
@@ -33,8 +35,24 @@ pub(super) struct Job {
     pub(super) id: String,
     pub(super) tenant: TenantId,
     pub(super) session: SessionId,
+    /// Without its code if that is long: see [`SHORT_CODE`].
     pub(super) command: Command,
     pub(super) max_vms: u32,
+    /// Given back when it is complete.
+    pub(super) room: CodeRoom,
+}
+
+/// The command as it is kept while it waits.
+pub(super) fn without_long_code(command: &Command) -> Command {
+    let code = match command.code.len() > SHORT_CODE {
+        true => String::new(),
+        false => command.code.clone(),
+    };
+    Command {
+        code,
+        context: command.context.clone(),
+        ..*command
+    }
 }
 
 impl Inner {
@@ -120,7 +138,13 @@ impl Inner {
                 id: job.id.clone(),
             })),
         };
-        let running = ticket.run(limits, job.command.clone(), attached);
+        let mut command = job.command.clone();
+        if job.room.bytes() > SHORT_CODE {
+            let id = job.id.clone();
+            let code = self.store.call(move |c| TaskRow::code(c, &id)).await;
+            command.code = code.map_err(|error| SessionError::Unavailable(error.into()))?;
+        }
+        let running = ticket.run(limits, command, attached);
         self.flushing(&job.id, live, running).await
     }
 
@@ -133,29 +157,29 @@ impl Inner {
     ) -> Result<Outcome, SessionError> {
         let mut news = live.output.watch();
         let every = Duration::from_millis(self.config.flush_ms);
-        let mut pause = every;
         let mut running = std::pin::pin!(running);
+        let mut stored = [0; 2];
         loop {
             tokio::select! {
                 result = &mut running => return result,
-                () = tokio::time::sleep(pause) => {}
+                () = tokio::time::sleep(every) => {}
             }
             if !news.has_changed().unwrap_or(false) {
                 continue;
             }
             news.mark_unchanged();
-            let now = live.output.so_far();
-            // The whole is written each time, so the more there is the seldomer.
-            let steps = (now.stdout.len() + now.stderr.len()) / FLUSH_STEP;
-            pause = every * u32::try_from(steps + 1).unwrap_or(u32::MAX);
+            let new = live.output.since(stored);
+            let now = [stored[0] + new.stdout.len(), stored[1] + new.stderr.len()];
             let id = id.to_owned();
-            let stored = self
-                .store
-                .call(move |c| TaskRow::store_partial(c, &id, &now.stdout, &now.stderr));
+            let append = self.store.call(move |c| TaskOutput::append(c, &id, &new));
             tokio::select! {
                 result = &mut running => return result,
-                stored = stored => if let Err(error) = stored {
-                    tracing::warn!(%error, "a task's output so far could not be stored");
+                appended = append => match appended {
+                    Ok(()) => stored = now,
+                    // The next time has it, too.
+                    Err(error) => {
+                        tracing::warn!(%error, "a task's output so far could not be stored");
+                    }
                 }
             }
         }

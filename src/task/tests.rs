@@ -2,7 +2,7 @@ use std::sync::atomic::Ordering;
 
 use super::*;
 use crate::backend::fake::{FakeSessions, spec};
-use crate::session::{Command, Language};
+use crate::session::{Command, Language, PartialOutput};
 use crate::store::{TaskState, scratch};
 
 const SOON: Duration = Duration::from_secs(5);
@@ -101,14 +101,69 @@ async fn output_so_far_is_seen_and_stored_while_a_task_runs() {
         (row.state, row.stdout.as_str()),
         (TaskState::Running, "so far")
     );
-    let tenant = world.tenant.0.clone();
-    let row = world
+    let stored = world.store.call(|c| TaskOutput::of(c, "1"));
+    assert_eq!(stored.await.unwrap().stdout, "so far");
+}
+
+#[tokio::test]
+async fn each_byte_of_output_is_written_once_while_a_task_runs() {
+    let world = World::new();
+    let tasks = world.tasks().await;
+    world.submit(&tasks, "1", "drip 40 25").await;
+    tokio::time::sleep(Duration::from_millis(750)).await;
+    let (whole, pieces) = world
         .store
-        .call(move |c| TaskRow::find(c, &tenant, "1"))
+        .call(|c| {
+            let pieces = "SELECT count(*) FROM task_output";
+            let pieces: usize = c.query_row(pieces, [], |row| row.get(0))?;
+            Ok((TaskOutput::of(c, "1")?.stdout, pieces))
+        })
         .await
-        .unwrap()
         .unwrap();
-    assert_eq!(row.stdout, "so far");
+    assert!(pieces > 1, "it is written while it comes");
+    let drops: Vec<_> = whole.split_whitespace().collect();
+    let expected: Vec<_> = (0..drops.len()).map(|n| n.to_string()).collect();
+    assert_eq!(drops, expected, "each once and in order");
+    let row = tasks.view(&world.tenant, "1", SOON).await.unwrap().unwrap();
+    assert_eq!(row.state, TaskState::Done);
+}
+
+#[tokio::test]
+async fn code_of_waiting_tasks_is_bounded_and_not_held_in_memory() {
+    let world = World::new();
+    let config = TaskConfig {
+        max_open_code_mib: 1,
+        ..TaskConfig::default()
+    };
+    let tasks = Tasks::start(world.store.clone(), world.backend.clone(), config);
+    let tasks = tasks.await.unwrap();
+    let long = "sleep 300".to_owned() + &" ".repeat(600_000);
+    assert_eq!(world.submit(&tasks, "1", "sleep 300").await, Submitted::New);
+    assert_eq!(world.submit(&tasks, "2", &long).await, Submitted::New);
+    assert_eq!(
+        world.submit(&tasks, "3", &long).await,
+        Submitted::TooMuchCode
+    );
+    let foreseen = tasks.foresee(&world.tenant, None, [0; 32], long.len());
+    assert_eq!(foreseen.await.unwrap(), Some(Submitted::TooMuchCode));
+    let waiting = task(&world.tenant, &world.session, "2", &long);
+    assert_eq!(run::without_long_code(&waiting.command).code, "");
+    let row = tasks.view(&world.tenant, "2", SOON).await.unwrap().unwrap();
+    assert_eq!((row.state, row.stdout), (TaskState::Done, long.clone()));
+    // Its room is free again.
+    assert_eq!(world.submit(&tasks, "4", &long).await, Submitted::New);
+}
+
+#[tokio::test]
+async fn long_code_of_the_last_run_is_found_again() {
+    let world = World::new();
+    let long = "x".repeat(run::SHORT_CODE * 3);
+    let task = task(&world.tenant, &world.session, "1", &long);
+    let stored = world.store.call(move |c| task.insert(c, 9, true));
+    assert_eq!(stored.await.unwrap(), Submitted::New);
+    let tasks = world.tasks().await;
+    let row = tasks.view(&world.tenant, "1", SOON).await.unwrap().unwrap();
+    assert_eq!((row.state, row.stdout), (TaskState::Done, long));
 }
 
 #[tokio::test]
@@ -121,10 +176,14 @@ async fn after_a_crash_queued_tasks_run_and_running_ones_do_not_run_again() {
         .store
         .call(move |c| {
             for task in [first, second, third] {
-                task.insert(c, 9)?;
+                task.insert(c, 9, true)?;
             }
             TaskRow::mark_running(c, "1")?;
-            TaskRow::store_partial(c, "1", "half", "")
+            let half = PartialOutput {
+                stdout: "half".into(),
+                ..PartialOutput::default()
+            };
+            TaskOutput::append(c, "1", &half)
         })
         .await
         .unwrap();

@@ -1,6 +1,6 @@
 //! `POST /execute` and `POST /execute_async`.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -187,18 +187,34 @@ pub(super) async fn execute(mut call: Call) -> Result<Reply, ApiError> {
         answer_within: Some(timeout.saturating_sub(MARGIN)),
     };
     let retries = app.retries.clone();
+    let minted = Arc::new(OnceLock::new());
+    // The session that was made for this command, and that nobody has been told of, keeps no VM.
+    let unclaimed = {
+        let (app, tenant, minted) = (app.clone(), caller.tenant.clone(), minted.clone());
+        async move {
+            if let Some(session) = minted.get()
+                && let Err(error) = app.backend.kill(&tenant, session).await
+            {
+                tracing::debug!(%error, "a session that nobody knows of has no VM to end");
+            }
+        }
+    };
     let start = || {
         let created_at = iso(jiff::Timestamp::now());
         let language = language_name(command.language);
         let place = Place::take(&app, &caller, request.session_id)?;
         Ok(async move {
+            let is_new = matches!(place, Place::New);
             let (session, ticket) = place.found(&app, &caller).await?;
+            if is_new {
+                minted.get_or_init(|| session.clone());
+            }
             let running = ticket.run(caller.limits, command, Attached::default());
             let outcome = running.await?;
             Ok(result(&outcome, &session.to_string(), language, created_at))
         })
     };
-    let body = retries.run(same, content, start).await?;
+    let body = retries.run(same, content, start, unclaimed).await?;
     Ok(reply::raw(StatusCode::OK, "application/json", body))
 }
 
@@ -267,9 +283,18 @@ async fn submit(
     let (same, content) = (same(&wanted, route), wanted.content);
     let (app, retries) = (app.clone(), app.retries.clone());
     let start = || {
-        let caller = wanted.caller;
-        let place = Place::take(&app, &caller, wanted.request.session_id)?;
+        let (caller, mut request) = (wanted.caller, wanted.request);
+        let place = Place::take(&app, &caller, request.session_id.take())?;
         Ok(async move {
+            if matches!(place, Place::New) {
+                // No session is made for a task that has run already or is not taken.
+                let (key, length) = (wanted.idempotency_key.clone(), request.code.len());
+                let tasks = &app.tasks;
+                let foreseen = tasks.foresee(&caller.tenant, key, content, length);
+                if let Some(submitted) = foreseen.await? {
+                    return told(&app, submitted, Bytes::new);
+                }
+            }
             let (session, ticket) = place.found(&app, &caller).await?;
             let session_id = session.to_string();
             let task = NewTask {
@@ -277,11 +302,11 @@ async fn submit(
                 tenant: caller.tenant.0.clone(),
                 session_id: session_id.clone(),
                 command: Command {
-                    language: wanted.request.language,
-                    code: wanted.request.code,
-                    context: wanted.request.context,
+                    language: request.language,
+                    code: request.code,
+                    context: request.context,
                     live: route == STREAM,
-                    timeout: Duration::from_secs(wanted.request.timeout_s.into()),
+                    timeout: Duration::from_secs(request.timeout_s.into()),
                     answer_within: None,
                 },
                 max_vms: caller.limits.max_vms,
@@ -290,27 +315,39 @@ async fn submit(
             };
             let id = task.id.clone();
             let created_at = iso(jiff::Timestamp::now());
-            match app.tasks.submit(task, ticket).await? {
-                Submitted::New => Ok(accepted(&id, &session_id, created_at)),
-                Submitted::Same {
-                    id,
-                    session_id,
-                    created_ms,
-                } => Ok(accepted(&id, &session_id, iso_ms(created_ms))),
-                Submitted::KeyReused => Err(name_reused()),
-                Submitted::Full(limit) => {
-                    let detail = format!(
-                        "{limit} of your tasks wait or run already; wait for one to finish"
-                    );
-                    Err(ApiError::too_many(detail, 1))
-                }
-            }
+            let submitted = app.tasks.submit(task, ticket).await?;
+            told(&app, submitted, || accepted(&id, &session_id, created_at))
         })
     };
-    let body = retries.run(same, content, start).await?;
+    let body = retries.run(same, content, start, async {}).await?;
     // A repetition is answered with the first one's id.
     let told: TaskId = serde_json::from_slice(&body).map_err(|error| ApiError::internal(&error))?;
     Ok((told.task_id, body))
+}
+
+/// What became of a task that was handed in; `new` is the answer if it is a new one.
+fn told(app: &App, submitted: Submitted, new: impl FnOnce() -> Bytes) -> Result<Bytes, ApiError> {
+    match submitted {
+        Submitted::New => Ok(new()),
+        Submitted::Same {
+            id,
+            session_id,
+            created_ms,
+        } => Ok(accepted(&id, &session_id, iso_ms(created_ms))),
+        Submitted::KeyReused => Err(name_reused()),
+        Submitted::Full(limit) => {
+            let detail =
+                format!("{limit} of your tasks wait or run already; wait for one to finish");
+            Err(ApiError::too_many(detail, 1))
+        }
+        Submitted::TooMuchCode => {
+            let most = app.tasks.most_code_mib();
+            let detail = format!(
+                "The code of your tasks that wait or run would be more than {most} MiB; wait for one to finish"
+            );
+            Err(ApiError::too_many(detail, 1))
+        }
+    }
 }
 
 /// Who wants what, as far as that can be told without a session.

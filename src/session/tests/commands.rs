@@ -1,8 +1,12 @@
 //! Order, deadlines, output.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use futures_util::future::BoxFuture;
+
+use super::super::line::lock;
 use super::super::*;
 use super::{PLAN, command, sleep_ms, start, tenant, unpooled};
 
@@ -82,9 +86,61 @@ async fn a_synchronous_caller_is_answered_in_time_and_the_next_command_finds_the
     assert_eq!(outcome.stdout, "part");
     assert!(outcome.stderr.contains("timed out"), "{}", outcome.stderr);
     assert!(outcome.execution_time < Duration::from_secs(1));
-    // Killed in the background, which the next command waits for.
-    assert_eq!(sessions.say(&id, "count").await.stdout, "2");
+    // Killed in the background, which the next command waits for, and tells of: nobody else can.
+    let next = sessions.say(&id, "count").await;
+    assert_eq!(next.stdout, "2");
+    assert!(next.stderr.contains("variables are lost"), "{next:?}");
+    assert_eq!(sessions.say(&id, "count").await.stderr, "");
     assert_eq!(source.started(), 1);
+}
+
+#[derive(Debug, Default)]
+struct Counts(AtomicUsize);
+
+impl Witness for Counts {
+    fn starts(&self) -> BoxFuture<'_, anyhow::Result<()>> {
+        self.0.fetch_add(1, Ordering::SeqCst);
+        Box::pin(async { Ok(()) })
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_start_is_witnessed_when_the_vm_is_in_hand_and_not_before() {
+    let (sessions, source) = start(unpooled()).await;
+    let id = sessions.make().await;
+    let witness = Arc::new(Counts::default());
+    let seen = || witness.0.load(Ordering::SeqCst);
+    let run = |code: &'static str| {
+        let attached = Attached {
+            witness: Some(witness.clone()),
+            ..Attached::default()
+        };
+        let accepted = sessions.accept(&tenant(), &id).unwrap();
+        let sessions = sessions.clone();
+        tokio::spawn(async move { sessions.run(accepted, PLAN, command(code), attached).await })
+    };
+    *lock(&source.failing) = Some("no template".into());
+    assert!(run("count").await.unwrap().is_err());
+    assert_eq!(seen(), 0, "there was no VM");
+    *lock(&source.failing) = None;
+    *lock(&source.restore_takes) = Duration::from_secs(1);
+    let first = run("count");
+    sleep_ms(500).await;
+    assert_eq!(seen(), 0, "its VM is still being made");
+    assert_eq!(first.await.unwrap().unwrap().stdout, "1");
+    assert_eq!(seen(), 1);
+    let _running = run("sleep 1000");
+    let waiting = run("count");
+    sleep_ms(10).await;
+    assert_eq!(seen(), 2, "the second waits for its turn");
+    let draining = sessions.clone();
+    let drained = tokio::spawn(async move { draining.drain(Duration::from_secs(5)).await });
+    assert!(matches!(
+        waiting.await.unwrap(),
+        Err(SessionError::ShuttingDown)
+    ));
+    drained.await.unwrap();
+    assert_eq!(seen(), 2, "what a drain keeps from running is not noted");
 }
 
 #[tokio::test(start_paused = true)]

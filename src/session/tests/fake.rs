@@ -1,8 +1,8 @@
 //! VMs that obey a small script instead of a guest.
 //!
 //! A command's words: `say X` writes X; `err X` writes to stderr; `count` writes how many
-//! commands this VM has had; `sleep MS` sleeps and ends with 130 when interrupted; `deaf MS` only heeds a kill; `stuck`
-//! heeds nothing; `pass` does nothing; `die` ends the VM; `exit N` ends with N. Words are separated by `;`.
+//! commands this VM has had; `sleep MS` sleeps and ends with 130 when interrupted; `deaf MS` only heeds a kill, which
+//! takes the interpreter's state with it; `stuck` heeds nothing; `pass` does nothing; `die` ends the VM; `exit N` ends with N. Words are separated by `;`.
 
 use std::fs::File;
 use std::io::Write;
@@ -214,7 +214,11 @@ async fn play(
                 let until = tokio::time::Instant::now() + ms;
                 while let Ok(Some(signal)) = tokio::time::timeout_at(until, heard.recv()).await {
                     if signal == Signal::Kill {
-                        return exit(137);
+                        return send(RunEvent::Exit(Exit {
+                            exit_code: 137,
+                            state_lost: true,
+                            ..Exit::default()
+                        }));
                     }
                 }
             }
