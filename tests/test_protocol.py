@@ -133,7 +133,7 @@ def test_trailing_slashes_are_significant_and_nothing_redirects(client):
         assert reply.status_code == 404
 
 
-@pytest.mark.parametrize("path", ["/", "/nope", "/v1", "/v1/vms", "/execute/x", "/..", "/v1/executions/a/b"])
+@pytest.mark.parametrize("path", ["/", "/nope", "/v1", "/v1/vm", "/execute/x", "/..", "/v1/executions/a/b"])
 def test_unknown_paths_are_404_in_json(client, path):
     reply = client.get(path)
     assert (reply.status_code, reply.json()) == (404, {"detail": "Not Found"})
@@ -147,7 +147,7 @@ def test_unknown_paths_are_404_in_json(client, path):
         ("DELETE", "/execute", "POST"),
         ("PUT", "/v1/users/me", "GET"),
         ("POST", "/health", "GET"),
-        ("PATCH", "/v1/executions/x", "GET"),
+        ("PATCH", "/v1/executions/x", "GET, DELETE"),
         ("OPTIONS", "/execute", "POST"),
         ("BREW", "/health", "GET"),
     ],

@@ -50,7 +50,7 @@ class Session:
         sys.displayhook = self._display
         self._files = []
         self._pid = os.getpid()
-        self.results = rich.Results()
+        self.results = rich.Results(self._show)
         self.names["display"] = self.results.display
 
     # Source --------------------------------------------------------------------------------
@@ -93,6 +93,15 @@ class Session:
 
     def run(self, source):
         """Runs a command; its exit code. Every exception is printed here, none leaves."""
+        code = self._run(source)
+        try:
+            self.results.finish()
+        except KeyboardInterrupt:
+            self._show()
+            return 130
+        return code
+
+    def _run(self, source):
         self.count += 1
         name = f"<cell {self.count}>"
         self._remember(name, source)
@@ -155,7 +164,7 @@ class Session:
     def _display(self, value):
         if value is None:
             return
-        text = repr(value)
+        text = self.results.text(value)
         names = self.names
         names["___"], names["__"], names["_"] = names.get("__"), names.get("_"), value
         self.outs[self.count] = value

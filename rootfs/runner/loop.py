@@ -55,9 +55,7 @@ class Runner:
         except UnicodeDecodeError as error:
             source = None
             sys.stderr.write(f"SyntaxError: the command is not UTF-8: {error}\n")
-        live = body.get("live", False)
-        if live:
-            self.outputs.set_live(True)
+        unwatched = self.outputs.begin_live() if body.get("live") else None
         code = 1
         if source is not None:
             try:
@@ -72,8 +70,8 @@ class Runner:
             self.outputs.flush()
             os._exit(code)
         shown = self.session.results.take()
-        if live:
-            self.outputs.set_live(False)
+        if unwatched is not None:
+            self.outputs.end_live(unwatched)
         if restore is not None:
             _restore_environment(restore)
         if sys.stdout is not self.outputs.stdout or sys.stderr is not self.outputs.stderr:
@@ -83,10 +81,10 @@ class Runner:
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         cpu = (time.process_time_ns() - spent) // 1000
         cpu += int((after.ru_utime - children.ru_utime + after.ru_stime - children.ru_stime) * 1e6)
-        self.commands.send(
-            {"op": "done", "id": body.get("id"), "exit": code, "cpu_us": cpu, "out": len(out), "err": len(err)},
-            out + err + shown,
-        )
+        done = {"op": "done", "id": body.get("id"), "exit": code, "cpu_us": cpu, "out": len(out), "err": len(err)}
+        if shown:
+            done["rich"] = len(shown)
+        self.commands.send(done, out + err + shown)
 
     def _warm(self, body, _blob):
         missing = {}

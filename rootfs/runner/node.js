@@ -41,11 +41,12 @@ class Channel {
     this.socket.on('error', () => reallyExit(0));
   }
 
-  send(body) {
+  send(body, blob = Buffer.alloc(0)) {
     const text = Buffer.from(JSON.stringify(body));
     const head = Buffer.alloc(8);
     head.writeUInt32LE(text.length, 0);
-    this.socket.write(Buffer.concat([head, text]));
+    head.writeUInt32LE(blob.length, 4);
+    this.socket.write(Buffer.concat([head, text, blob]));
   }
 }
 
@@ -117,6 +118,20 @@ crypto.webcrypto.randomUUID = randomUUID;
 // Running --------------------------------------------------------------------------------------
 
 let running = null; // { settle(code) }
+let echoed; // the text of the command's value, if it has one
+
+// Bytes of JSON that a command's results may have, as in rich.py.
+const MAX_RESULTS = 8 << 20;
+
+// What the command has shown, as JSON of one result; nothing without a value.
+function takeShown() {
+  if (echoed === undefined) return Buffer.alloc(0);
+  // Through a buffer, which replaces surrogates without their other half: readers of JSON refuse them.
+  const whole = (text) => Buffer.from(JSON.stringify([{ 'text/plain': Buffer.from(text).toString() }]));
+  const shown = echoed.length > MAX_RESULTS ? undefined : whole(echoed);
+  echoed = undefined;
+  return shown?.length <= MAX_RESULTS ? shown : whole('[thaw: this result is too large to be shown]');
+}
 
 function show(error) {
   let text = error instanceof Error ? error.stack ?? String(error) : `Uncaught ${util.inspect(error)}`;
@@ -172,6 +187,7 @@ async function run(source) {
   const interrupted = new Promise((_, reject) => {
     running = { settle: reject };
   });
+  const own = running;
   interrupted.catch(() => {});
   let pending;
   globalThis[Symbol.for('thaw.begin')] = () => { pending = evaluate(source); };
@@ -182,7 +198,12 @@ async function run(source) {
       let { value } = await pending;
       const isPromise = util.types.isPromise(value);
       if (isPromise) value = await value;
-      if (value !== undefined) process.stdout.write(util.inspect(value) + '\n');
+      if (value !== undefined) {
+        const text = util.inspect(value);
+        process.stdout.write(text + '\n');
+        // One that was interrupted may come to its value during a later command.
+        if (running === own) echoed = text;
+      }
       while (isWorking()) await new Promise((done) => setTimeout(done, POLL_MS).unref());
       return 0;
     };
@@ -241,7 +262,8 @@ const commands = new Channel(number('THAW_COMMANDS'), async (body, blob) => {
     if (name in before) process.env[name] = before[name];
     else delete process.env[name];
   }
-  return commands.send({ op: 'done', exit, cpu_us: user + system, out: 0, err: 0 });
+  const shown = takeShown();
+  return commands.send({ op: 'done', exit, cpu_us: user + system, out: 0, err: 0, rich: shown.length }, shown);
 });
 
 const attend = new Channel(number('THAW_ATTEND'), (body) => {

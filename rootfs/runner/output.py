@@ -77,9 +77,22 @@ class Outputs:
         os.register_at_fork(before=self.flush, after_in_child=self._in_child)
         sys.addaudithook(self._audit)
 
-    def set_live(self, live):
-        """Whether each line leaves when it is printed: somebody watches."""
-        self.stdout.reconfigure(line_buffering=live)
+    def begin_live(self):
+        """From now on each line leaves when it is printed: somebody watches. What to give `end_live`."""
+        before = [stream.line_buffering for stream in (self.stdout, self.stderr)]
+        self._buffer_lines((True, True))
+        return before
+
+    def end_live(self, before):
+        """Ends `begin_live`; what the command itself set in between does not outlive it."""
+        self._buffer_lines(before)
+
+    def _buffer_lines(self, wanted):
+        for stream, line_buffering in zip((self.stdout, self.stderr), wanted):
+            try:
+                stream.reconfigure(line_buffering=line_buffering)
+            except (OSError, ValueError, RuntimeError):
+                pass  # a command took it apart
 
     def install(self):
         """Makes the streams the interpreter's, undoing what a command replaced for good."""

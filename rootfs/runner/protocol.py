@@ -1,7 +1,7 @@
 """Messages between the agent and the runner: `<II` lengths, JSON, then raw bytes.
 
-The raw bytes (the "blob") carry source text one way and the unflushed end of a command's
-output the other way: neither needs escaping, and a short command costs one write.
+The raw bytes (the "blob") carry source text one way and, the other way, the unflushed end of a
+command's output and its rich results: none needs escaping, and a short command costs one write.
 """
 
 import json

@@ -8,3 +8,4 @@ pub mod facts;
 pub mod restore;
 pub mod samples;
 pub mod server;
+pub mod streams;

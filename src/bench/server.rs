@@ -8,6 +8,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use serde_json::{Value, json};
+use ureq::Body;
+use ureq::http::Response;
 
 /// How long a server may take until it serves: a template may have to be built first.
 const START: Duration = Duration::from_secs(180);
@@ -111,13 +113,45 @@ impl Server {
     /// # Errors
     /// Any status but 200.
     pub fn post(&self, path: &str, body: &Value) -> anyhow::Result<Value> {
-        let mut reply = self
-            .agent
+        let mut reply = self.post_raw(path, body)?;
+        Ok(reply.body_mut().read_json()?)
+    }
+
+    /// Sends a JSON body, returns the answer as it comes.
+    ///
+    /// # Errors
+    /// Any status but 200.
+    pub fn post_raw(&self, path: &str, body: &Value) -> anyhow::Result<Response<Body>> {
+        self.agent
             .post(format!("{}{path}", self.url))
             .header("X-API-Key", &self.key)
             .send_json(body)
-            .with_context(|| format!("POST {path}"))?;
-        Ok(reply.body_mut().read_json()?)
+            .with_context(|| format!("POST {path}"))
+    }
+
+    /// Sends bytes.
+    ///
+    /// # Errors
+    /// Any status but 200.
+    pub fn put(&self, path: &str, bytes: &[u8]) -> anyhow::Result<()> {
+        self.agent
+            .put(format!("{}{path}", self.url))
+            .header("X-API-Key", &self.key)
+            .send(bytes)
+            .with_context(|| format!("PUT {path}"))
+            .map(drop)
+    }
+
+    /// Asks for something, returns the answer as it comes.
+    ///
+    /// # Errors
+    /// Any status but 200.
+    pub fn get(&self, path: &str) -> anyhow::Result<Response<Body>> {
+        self.agent
+            .get(format!("{}{path}", self.url))
+            .header("X-API-Key", &self.key)
+            .call()
+            .with_context(|| format!("GET {path}"))
     }
 
     /// Makes a session.
@@ -162,12 +196,7 @@ impl Server {
     /// # Errors
     /// There is none.
     pub fn metric(&self, name: &str) -> anyhow::Result<f64> {
-        let mut reply = self
-            .agent
-            .get(format!("{}/metrics", self.url))
-            .header("X-API-Key", &self.key)
-            .call()
-            .context("GET /metrics")?;
+        let mut reply = self.get("/metrics")?;
         let text = reply.body_mut().read_to_string()?;
         text.lines()
             .filter(|line| !line.starts_with('#'))

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use crate::bench::facts::Facts;
 use crate::bench::samples::Samples;
 use crate::bench::server::Server;
-use crate::bench::{cases, restore};
+use crate::bench::{cases, restore, streams};
 
 /// Measure this host: starts what it needs by itself and ends it again.
 #[derive(Debug, Args)]
@@ -21,6 +21,8 @@ use crate::bench::{cases, restore};
   thaw bench churn      sessions created, used and destroyed a second
   thaw bench memory     memory that an idle session costs, worker included
   thaw bench python     a fresh python3 process in the guest, against the bare host
+  thaw bench stream     a line's print in the guest to its event at the client
+  thaw bench files      100 MiB into a VM and out again
 Figures are for this host and this minute: compare what was measured in one run.")]
 pub struct BenchArgs {
     /// What to measure.
@@ -52,6 +54,8 @@ enum Case {
     Churn,
     Memory,
     Python,
+    Stream,
+    Files,
 }
 
 /// Runs the command.
@@ -114,6 +118,20 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<ExitCode> {
                 guest.percentile(50)? as f64 / host.percentile(50)? as f64,
                 "x",
             );
+        }
+        Case::Stream => {
+            let samples = streams::output(&server, runs(200))?;
+            report.facts(&facts);
+            report.samples(&samples)?;
+        }
+        Case::Files => {
+            let (up, down) = streams::files(&server, runs(10))?;
+            report.facts(&facts);
+            for samples in [&up, &down] {
+                report.samples(samples)?;
+            }
+            report.figure("into a VM, median", streams::rate(&up)?, "MB/s");
+            report.figure("out of a VM, median", streams::rate(&down)?, "MB/s");
         }
         Case::Restore => {}
     }

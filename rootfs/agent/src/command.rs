@@ -1,5 +1,6 @@
 //! One running command: its deadline, its escalation, its end.
 
+use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use thaw_wire::message::{Execute, Exit};
@@ -93,8 +94,8 @@ pub struct Ending {
     pub remaining: [usize; OUTPUTS],
     /// Bytes that come after those.
     pub tails: [Vec<u8>; OUTPUTS],
-    /// Rich results, which come after all output.
-    pub rich: Vec<u8>,
+    /// Rich results, which come after all output. They may be megabytes and leave from the front.
+    pub rich: VecDeque<u8>,
 }
 
 impl Command {
@@ -232,7 +233,13 @@ mod tests {
     fn what_is_watched_is_asked_for_its_output_sooner() {
         let due = |command: &Command| command.next_due().map(|due| due - command.started);
         assert_eq!(due(&start(1000, false)), Some(FIRST_TICK));
-        assert_eq!(due(&start(1000, true)), Some(LIVE_FIRST_TICK));
+        let mut live = start(1000, true);
+        let mut at = Duration::ZERO;
+        for pause in [10, 20, 40, 50, 50] {
+            at += Duration::from_millis(pause);
+            assert_eq!(due(&live), Some(at));
+            assert_eq!(live.due(live.started + at), Some(Act::Tick));
+        }
     }
 
     #[test]

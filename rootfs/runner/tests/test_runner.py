@@ -185,6 +185,29 @@ class Commands(unittest.TestCase):
         self.assertEqual(os.read(self.runner.out, 100), b"early\n")
         self.assertEqual(self.runner.finish()[0], "late\n")
 
+    def test_live_lines_leave_as_they_are_printed(self):
+        slow = b"import sys, time\nprint('now'); print('part', end=''); time.sleep(1)"
+        self.runner.send({"op": "execute", "live": True}, slow)
+        self.assertEqual(os.read(self.runner.out, 100), b"now\n")
+        self.assertEqual(select.select([self.runner.commands], [], [], 0), ([], [], []))
+        self.runner.send({"op": "tick"}, channel=self.runner.attend)
+        self.assertEqual(os.read(self.runner.out, 100), b"part")
+        self.runner.finish()
+        self.runner.send({"op": "execute", "live": True}, b"print('told', file=sys.stderr); time.sleep(1)")
+        self.assertEqual(os.read(self.runner.err, 100), b"told\n")
+        self.assertEqual(self.runner.finish(), ("", "", 0))
+        # Others keep what they print until their end.
+        self.runner.send({"op": "execute"}, b"print('now')")
+        done, blob = self.runner.receive()
+        self.assertEqual((done["out"], blob), (4, b"now\n"))
+
+    def test_live_leaves_the_streams_as_they_were(self):
+        self.out("import sys; sys.stdout.reconfigure(line_buffering=True)")
+        self.out("1", live=True)
+        self.assertEqual(self.out("sys.stdout.line_buffering, sys.stderr.line_buffering"), "(True, False)\n")
+        self.runner.run("gone = sys.stdout.detach()", live=True)
+        self.assertEqual(self.runner.run("x = 1", live=True)[2], 0)
+
     def test_large_and_odd_output(self):
         out = self.out("for n in range(100000): print(n)")
         self.assertEqual(out.count("\n"), 100000)

@@ -11,7 +11,7 @@ use crate::http::app::Call;
 use crate::http::auth::{Presented, presented};
 use crate::http::body::Body;
 use crate::http::error::ApiError;
-use crate::http::openapi::{nullable, object, text, time, truth, uuid};
+use crate::http::openapi::{nullable, object, or_null, text, time, truth, uuid};
 use crate::http::reply::{self, Reply, iso_system};
 use crate::session::{SessionId, SessionView, TenantId, VmStatus};
 
@@ -77,9 +77,9 @@ pub(super) const GROUP: Group = Group {
                         "api_key": { "type": "string", "description": "Required when no header has a key" },
                         "vm_lifetime_seconds": { "type": "integer", "minimum": 20, "maximum": 86400, "default": 300 },
                         "memory_mb": { "type": "integer", "minimum": 128, "maximum": 8192, "default": 512 },
-                        "vcpu_count": { "type": "integer", "enum": [1, 2, 4, 6, 8] },
-                        "metadata": { "type": "object" },
-                        "env": { "type": "object", "additionalProperties": text() },
+                        "vcpu_count": or_null(json!({ "type": "integer", "enum": [1, 2, 4, 6, 8] })),
+                        "metadata": nullable("object"),
+                        "env": or_null(json!({ "type": "object", "additionalProperties": text() })),
                     }),
                 ),
             ),

@@ -139,6 +139,7 @@ impl<L: Link> Engine<L> {
         // Looking for the program costs system calls, so only where none runs yet.
         let is_up = self.slots[at].interpreter.is_some();
         if !is_up && !interpreter::available(language, &self.ground.place) {
+            slots::forget_unused(&mut self.slots);
             return self.refuse(id, NOT_FOUND, format!("this image has no {language:?}"));
         }
         if self.slots[at].command.is_some() {
@@ -148,6 +149,7 @@ impl<L: Link> Engine<L> {
         self.make_room()?;
         self.replace_dead(at);
         if let Err(error) = self.ensure(at) {
+            slots::forget_unused(&mut self.slots);
             return self.refuse(
                 id,
                 CANNOT_RUN,
@@ -298,7 +300,7 @@ impl<L: Link> Engine<L> {
             exit,
             remaining,
             tails: done.tails,
-            rich: done.rich,
+            rich: done.rich.into(),
         });
     }
 
@@ -342,7 +344,7 @@ impl<L: Link> Engine<L> {
                     exit,
                     remaining,
                     tails: Default::default(),
-                    rich: Vec::new(),
+                    rich: Default::default(),
                 });
             }
             Some(_) => slot.lost |= !kept_state,

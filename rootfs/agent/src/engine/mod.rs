@@ -26,7 +26,7 @@ use crate::link::{Link, LinkError};
 use orders::Pending;
 use slots::Slot;
 
-/// Most streams at once. The host opens one for each language; the rest is room for mistakes.
+/// Most streams at once. The host opens one for each interpreter; the rest is room for mistakes.
 const MAX_STREAMS: usize = 64;
 
 /// A full ring is looked at again after this long, in case the host's bell got lost.
@@ -35,6 +35,7 @@ const RETRY: Duration = Duration::from_millis(5);
 /// Epoll tokens; below these are `slot * 4 + part`.
 const LINK: u64 = 1000;
 const CHILDREN: u64 = 1001;
+const _: () = assert!(slots::MOST * Part::ALL.len() <= LINK as usize && slots::MOST < MAX_STREAMS);
 
 /// What the engine stands on.
 #[derive(Debug)]

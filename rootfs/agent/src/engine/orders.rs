@@ -105,19 +105,26 @@ impl<L: Link> Engine<L> {
     fn on_warm(&mut self, modules: &[String]) -> Result<(), LinkError> {
         let mut waiting = vec![false; self.slots.len()];
         for language in [Language::Python, Language::Bash] {
-            if !crate::interpreter::available(language, &self.ground.place) {
-                continue;
-            }
-            let at = index(language);
-            if let Err(error) = self.ensure(at) {
+            let is_there = crate::interpreter::available(language, &self.ground.place);
+            if is_there && let Err(error) = self.ensure(index(language)) {
                 return self.fail("warm", format!("{language:?} cannot be started: {error}"));
             }
-            let Some(interpreter) = &mut self.slots[at].interpreter else {
+        }
+        for (slot, waiting) in self.slots.iter_mut().zip(&mut waiting) {
+            // A context that runs a command is let be: its imports are its own affair.
+            let is_busy = slot.context.is_some() && slot.command.is_some();
+            if slot.language == Language::Javascript || slot.dead || is_busy {
+                continue;
+            }
+            let Some(interpreter) = &mut slot.interpreter else {
                 continue;
             };
             match interpreter.warm(modules) {
-                Ok(waits) => waiting[at] = waits || !interpreter.ready,
-                Err(error) => return self.fail("warm", format!("{language:?}: {error}")),
+                Ok(waits) => *waiting = waits || !interpreter.ready,
+                Err(error) => {
+                    let name = slot.name();
+                    return self.fail("warm", format!("{name}: {error}"));
+                }
             }
         }
         let missing = if waiting[0] {
@@ -189,7 +196,11 @@ impl<L: Link> Engine<L> {
                 let name = self.slots[at].name();
                 return self.fail("renew", format!("{name}: {reason}"));
             }
-            Heard::Warmed(missing) => waited.answer = Report::Warmed { missing },
+            Heard::Warmed(lacking) => {
+                if let Report::Warmed { missing } = &mut waited.answer {
+                    missing.extend(lacking);
+                }
+            }
             _ => {}
         }
         waited.waiting[at] = false;

@@ -9,6 +9,9 @@ use crate::interpreter::{Interpreter, LANGUAGES, OUTPUTS, Part, Place, index};
 /// Named contexts of a VM: each is a process of some megabytes.
 pub(super) const MOST_CONTEXTS: usize = 16;
 
+/// Slots there can be.
+pub(super) const MOST: usize = LANGUAGES.len() + MOST_CONTEXTS;
+
 /// Longest name of a context.
 const MOST_NAME: usize = 64;
 
@@ -95,7 +98,7 @@ pub(super) fn find(
     if let Some(at) = slots.iter().position(is_it) {
         return Ok(at);
     }
-    if slots.len() >= LANGUAGES.len() + MOST_CONTEXTS {
+    if slots.len() >= MOST {
         return Err(format!(
             "{MOST_CONTEXTS} contexts are the most one VM has; use one that is there"
         ));
@@ -104,9 +107,26 @@ pub(super) fn find(
     Ok(slots.len() - 1)
 }
 
+/// Forgets the newest context if nothing came of it: what could not start must not count.
+pub(super) fn forget_unused(slots: &mut Vec<Slot>) {
+    slots.pop_if(|slot| {
+        slot.context.is_some() && slot.interpreter.is_none() && slot.command.is_none()
+    });
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_a_context_that_never_ran_is_forgotten() {
+        let mut slots = defaults();
+        forget_unused(&mut slots);
+        assert_eq!(slots.len(), LANGUAGES.len());
+        assert_eq!(find(&mut slots, Language::Bash, Some("a")), Ok(3));
+        forget_unused(&mut slots);
+        assert_eq!(find(&mut slots, Language::Python, Some("b")), Ok(3));
+    }
 
     #[test]
     fn contexts_are_found_again_apart_by_language_and_bounded() {

@@ -173,8 +173,9 @@ impl Shell {
         let mut heard = Vec::new();
         while let Some((report, len)) = whole_report(&self.heard) {
             self.heard.drain(..len);
-            // Serial 0 is the question that ended the shell's preparation.
-            if report.serial == 0 && self.serial == 0 {
+            // Serial 0 is the question that ended the shell's preparation. A shell that was started for
+            // a command has been given that already, and is no less ready for it.
+            if report.serial == 0 {
                 heard.push(Heard::Ready);
             } else if report.serial == self.serial {
                 heard.push(Heard::Done(Done {

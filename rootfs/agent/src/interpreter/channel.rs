@@ -124,6 +124,9 @@ impl Channel {
         let body = serde_json::from_slice(&self.incoming[8..8 + json])?;
         let bytes = self.incoming[8 + json..whole].to_vec();
         self.incoming.drain(..whole);
+        if self.incoming.is_empty() && self.incoming.capacity() > 64 * 1024 {
+            self.incoming = Vec::new();
+        }
         Ok(Some((body, bytes)))
     }
 }

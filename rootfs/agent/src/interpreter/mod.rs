@@ -1,4 +1,5 @@
-//! The session's interpreters: one warm process for each language, kept from command to command.
+//! The session's interpreters: a process for each language, and for each context that is asked
+//! for, kept from command to command.
 
 pub mod bash;
 pub mod channel;
@@ -18,7 +19,8 @@ pub use start::{Place, available, start};
 use bash::Shell;
 use channel::Channel;
 
-/// A command's standard output and error, in this order, wherever both are kept.
+/// A command's standard output and error, in this order, wherever both are kept. Its rich results
+/// are no output: they come whole, with its end.
 pub const OUTPUTS: usize = 2;
 
 /// How the agent talks to an interpreter.
@@ -253,8 +255,10 @@ fn understand(body: &Value, mut blob: Vec<u8>) -> Option<Heard> {
         "done" => {
             let out = usize::try_from(number("out")).ok()?;
             let err = usize::try_from(number("err")).ok()?;
+            let rich_len = usize::try_from(number("rich")).ok()?;
             let mut stderr = blob.split_off(out.min(blob.len()));
-            let rich = stderr.split_off(err.min(stderr.len()));
+            let mut rich = stderr.split_off(err.min(stderr.len()));
+            rich.truncate(rich_len);
             Heard::Done(Done {
                 exit_code: number("exit") as i32,
                 cpu_us: u64::try_from(number("cpu_us")).ok(),
