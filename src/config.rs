@@ -56,7 +56,8 @@ pub struct ServerConfig {
     pub max_connections: usize,
     /// Largest request body in bytes; larger ones get 413.
     pub max_body_bytes: usize,
-    /// Megabytes of request bodies that may be in memory at once; more wait, and get 429 in the end.
+    /// Megabytes of request bodies that may be in memory at once; more wait, and get 429 in the end. An eighth is
+    /// for callers whose key is in the body.
     pub body_memory_mib: u32,
     /// Largest file in bytes that may be uploaded; a VM's memory is the narrower bound.
     pub max_upload_bytes: u64,

@@ -1,5 +1,7 @@
 """A task that was acknowledged is not lost, whatever happens to the server."""
 
+import os
+import shutil
 import time
 
 import pytest
@@ -30,6 +32,26 @@ def test_queued_tasks_run_after_a_crash(start_server):
         assert done["status"] == "done" and done["session_id"] == session.id
     gone = client.task(blocker)
     assert gone["status"] == "interrupted" and gone["exit_code"] != 0
+
+
+def test_a_task_whose_vm_is_still_being_made_runs_after_a_crash(start_server):
+    server = start_server()
+    # Another size has no template here, so its first VM takes a while.
+    shared = server.data / "templates"
+    own = [path for path in shared.resolve().iterdir() if "-512m-" in path.name and path.is_dir()]
+    server.kill()
+    shared.unlink()
+    shared.mkdir()
+    for template in own:
+        shutil.copytree(template, shared / template.name, copy_function=os.link)
+    server.restart()
+    session = server.client().session(memory_mb=1024)
+    task = session.submit("print(6 * 7)")
+    time.sleep(0.4)
+    server.kill()
+    server.restart()
+    done = server.client().task(task, bound=harness.START_BOUND)
+    assert (done["status"], done["serialized_stdout"]) == ("done", "42\n")
 
 
 def test_a_task_is_durable_the_moment_it_is_acknowledged(start_server):

@@ -1,12 +1,12 @@
 //! `thaw doctor`: what this host can do, and what to fix.
 
-use std::io::Read;
+mod limits;
+
 use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::Args;
-use nix::sys::resource::{Resource, getrlimit};
 use serde::Serialize;
 use serde_json::json;
 use thaw_vmm::machine::probe::SyscallPath;
@@ -77,11 +77,6 @@ impl Finding {
     }
 }
 
-/// Open files that a full server needs: five for each VM and one for each connection.
-const GOOD_NOFILE: u64 = 4096;
-/// Memory below which the defaults do not fit, MiB.
-const GOOD_MEMORY_MIB: u64 = 2048;
-
 /// Runs the command.
 ///
 /// # Errors
@@ -94,8 +89,9 @@ pub fn run(args: &DoctorArgs) -> anyhow::Result<ExitCode> {
         findings.extend(machine(probe));
     }
     findings.push(processor()?);
-    findings.push(memory()?);
-    findings.push(open_files()?);
+    findings.push(limits::memory()?);
+    findings.push(limits::open_files()?);
+    findings.push(limits::processes()?);
     findings.push(data_directory(&data_dir));
     findings.push(tools());
     findings.push(agent());
@@ -220,60 +216,6 @@ fn processor() -> anyhow::Result<Finding> {
         "processors",
         format!("{count} x {}", cpu.model),
     ))
-}
-
-fn memory() -> anyhow::Result<Finding> {
-    let text = std::fs::read_to_string("/proc/meminfo").context("cannot read /proc/meminfo")?;
-    let available = meminfo_mib(&text, "MemAvailable:").unwrap_or(0);
-    let total = meminfo_mib(&text, "MemTotal:").unwrap_or(0);
-    let limit = cgroup_limit_mib();
-    let room = limit.map_or(available, |limit| limit.min(available));
-    let mut found = format!("{available} MiB available of {total} MiB");
-    if let Some(limit) = limit {
-        found = format!("{found}, limited to {limit} MiB by the control group");
-    }
-    Ok(if room < GOOD_MEMORY_MIB {
-        Finding::warn(
-            "memory",
-            found,
-            format!(
-                "with less than {GOOD_MEMORY_MIB} MiB, set smaller session.pool and vm.memory_mib values"
-            ),
-        )
-    } else {
-        Finding::ok("memory", found)
-    })
-}
-
-fn meminfo_mib(text: &str, label: &str) -> Option<u64> {
-    let line = text.lines().find(|line| line.starts_with(label))?;
-    let kib: u64 = line.split_whitespace().nth(1)?.parse().ok()?;
-    Some(kib / 1024)
-}
-
-fn cgroup_limit_mib() -> Option<u64> {
-    let mut text = String::new();
-    std::fs::File::open("/sys/fs/cgroup/memory.max")
-        .ok()?
-        .take(64)
-        .read_to_string(&mut text)
-        .ok()?;
-    text.trim().parse::<u64>().ok().map(|bytes| bytes >> 20)
-}
-
-fn open_files() -> anyhow::Result<Finding> {
-    let (soft, hard) =
-        getrlimit(Resource::RLIMIT_NOFILE).context("cannot ask for the limit of open files")?;
-    let found = format!("{soft} (hard limit {hard})");
-    Ok(if soft < GOOD_NOFILE {
-        Finding::warn(
-            "open files",
-            found,
-            format!("raise it for many VMs: `ulimit -n {}`", hard.min(65536)),
-        )
-    } else {
-        Finding::ok("open files", found)
-    })
 }
 
 fn data_directory(dir: &Path) -> Finding {
@@ -429,14 +371,7 @@ mod tests {
     }
 
     #[test]
-    fn figures_are_read_and_missing_things_named() {
-        assert_eq!(
-            meminfo_mib(
-                "MemTotal:  4096 kB\nMemAvailable: 2048 kB\n",
-                "MemAvailable:"
-            ),
-            Some(2)
-        );
+    fn missing_things_are_named() {
         let data = tempfile::tempdir().unwrap();
         assert_eq!(images(data.path()).level, Level::Warn);
         assert_eq!(templates(data.path()).level, Level::Ok);
@@ -445,8 +380,6 @@ mod tests {
                 .found
                 .contains("not/yet")
         );
-        memory().unwrap();
-        open_files().unwrap();
         processor().unwrap();
     }
 }

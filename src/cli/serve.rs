@@ -159,6 +159,8 @@ async fn serve(config: Config, chosen: Option<String>) -> anyhow::Result<()> {
         .await
         .map_err(|e| exit::with(exit::BIND, e))?;
     let data_dir = config.server.data_dir.clone();
+    // Before the first key is made and shown, which happens once.
+    start::check(&config)?;
     let store = Store::open(&data_dir.join(DATABASE)).map_err(|e| exit::with(exit::DATA_DIR, e))?;
     let minted = auth::first_key(&store, chosen).await?;
     if let Some(key) = minted {
@@ -199,6 +201,7 @@ async fn serve(config: Config, chosen: Option<String>) -> anyhow::Result<()> {
         tasks.clone(),
         control,
         registry,
+        started.machine,
     )?;
     let (stop, stopped) = watch::channel(false);
     let url = server.url();

@@ -28,6 +28,22 @@ pub(super) struct Started {
     pub(super) sessions: Sessions,
     pub(super) vms: Vms,
     pub(super) facts: String,
+    /// How VMs run their kernel.
+    pub(super) machine: &'static str,
+}
+
+/// What can be told at once to be missing or wrong, before anything is made that cannot be made again.
+///
+/// # Errors
+/// There is no image that can be used, or the machine has no such name; the exit code says so.
+pub(super) fn check(config: &Config) -> anyhow::Result<()> {
+    let data_dir = &config.server.data_dir;
+    let image = image(data_dir, &config.server.image)?;
+    machine(&config.vm.machine)?;
+    match Image::open(data_dir, &image) {
+        Ok(_) => Ok(()),
+        Err(error) => Err(exit::with(exit::IMAGE, error)),
+    }
 }
 
 /// Opens the image, makes or finds its template, and begins to fill the pool.
@@ -41,10 +57,10 @@ pub(super) async fn sessions(
 ) -> anyhow::Result<Started> {
     let data_dir = &config.server.data_dir;
     let image = image(data_dir, &config.server.image)?;
-    let machine = machine(&config.vm.machine)?;
+    let chosen = machine(&config.vm.machine)?;
     let (dir, name) = (data_dir.clone(), image.clone());
     // The probe and the image's files are read on a thread that may block.
-    let templates = tokio::task::spawn_blocking(move || match machine {
+    let templates = tokio::task::spawn_blocking(move || match chosen {
         Some(machine) => Templates::open_on(&dir, &name, machine),
         None => Templates::open(&dir, &name),
     })
@@ -62,11 +78,10 @@ pub(super) async fn sessions(
         .await
         .with_context(|| format!("no template can be made of the image {image}"))
         .map_err(|error| exit::with(exit::IMAGE, error))?;
+    let machine = crate::template::machine_name(template.manifest.machine);
     let facts = format!(
-        "image {image}, kernel {}, machine {}, {} MiB",
-        template.manifest.kernel,
-        crate::template::machine_name(template.manifest.machine),
-        template.manifest.memory_mib,
+        "image {image}, kernel {}, machine {machine}, {} MiB",
+        template.manifest.kernel, template.manifest.memory_mib,
     );
     let ground = Ground {
         image: template.manifest.image.clone(),
@@ -87,6 +102,7 @@ pub(super) async fn sessions(
         sessions,
         vms,
         facts,
+        machine,
     })
 }
 
@@ -131,5 +147,22 @@ fn machine(configured: &str) -> anyhow::Result<Option<MachineKind>> {
             exit::CONFIG,
             anyhow!("vm.machine is {other:?}: it must be auto, pv or hvm"),
         )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn without_an_image_nothing_is_begun() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut config = Config::default();
+        config.server.data_dir = dir.path().into();
+        for name in ["", "mine"] {
+            config.server.image = name.into();
+            let error = check(&config).unwrap_err();
+            assert_eq!(exit::code(&error), exit::IMAGE.into(), "{error:#}");
+        }
     }
 }

@@ -32,6 +32,13 @@ use crate::vms::Vms;
 /// Bodies up to this size need no room of their own: connections are bounded, and so are these.
 const SMALL_BODY: usize = 16 << 10;
 
+/// Largest body of somebody whose key is in it: a new session's metadata and environment, escaped as JSON, fit.
+/// Who is known by a header may send more.
+pub const STRANGERS_BODY: usize = 256 << 10;
+
+/// Strangers' part of the memory for bodies, which is theirs alone: they can take no room from who is known.
+const STRANGERS_PART: usize = 8;
+
 /// How long the rest of a refused request is waited for.
 const DISCARD: Duration = Duration::from_secs(1);
 
@@ -42,6 +49,30 @@ pub struct Control {
     pub store: Store,
     /// The VMs.
     pub vms: Vms,
+}
+
+/// Memory for bodies, in KiB.
+#[derive(Clone, Debug)]
+struct Room {
+    whole: u32,
+    left: Arc<Semaphore>,
+}
+
+impl Room {
+    fn new(kib: usize) -> Self {
+        let kib = u32::try_from(kib.min(Semaphore::MAX_PERMITS)).unwrap_or(u32::MAX);
+        Self {
+            whole: kib,
+            left: Arc::new(Semaphore::new(kib as usize)),
+        }
+    }
+
+    /// Waits for room for a body. One that is larger than all the room takes all of it.
+    async fn take(self, bytes: usize) -> Option<OwnedSemaphorePermit> {
+        let kib = u32::try_from(bytes.div_ceil(1024)).unwrap_or(u32::MAX);
+        let taken = self.left.acquire_many_owned(kib.min(self.whole));
+        taken.await.ok()
+    }
 }
 
 /// What the requests share.
@@ -57,8 +88,10 @@ pub struct App {
     pub tasks: Tasks,
     /// The sessions' terminals.
     pub terminals: Terminals,
-    /// KiB of bodies that may still be held; see [`SMALL_BODY`].
-    bodies: Arc<Semaphore>,
+    /// Room for bodies; see [`SMALL_BODY`].
+    bodies: Room,
+    /// The same for callers who are not known yet.
+    strangers: Room,
     /// VMs, snapshots, accounts.
     pub control: Control,
     /// Requests that run, for those who send one again.
@@ -67,6 +100,8 @@ pub struct App {
     pub metrics: Metrics,
     /// Everything that is counted.
     pub registry: Registry,
+    /// How VMs run their kernel.
+    pub machine: &'static str,
     /// Set when the server is going down.
     pub draining: AtomicBool,
     router: Router,
@@ -82,11 +117,14 @@ impl App {
         tasks: Tasks,
         control: Control,
         mut registry: Registry,
+        machine: &'static str,
     ) -> anyhow::Result<Arc<Self>> {
         let metrics = Metrics::register(&mut registry);
-        let bodies = config.server.body_memory_mib as usize * 1024;
+        let all = config.server.body_memory_mib as usize * 1024;
+        let strangers = (all / STRANGERS_PART).max(STRANGERS_BODY / 1024);
         Ok(Arc::new(Self {
-            bodies: Arc::new(Semaphore::new(bodies.min(Semaphore::MAX_PERMITS))),
+            bodies: Room::new(all.saturating_sub(strangers)),
+            strangers: Room::new(strangers),
             config,
             auth,
             backend,
@@ -96,6 +134,7 @@ impl App {
             retries: Retries::default(),
             metrics,
             registry,
+            machine,
             draining: AtomicBool::new(false),
             router: Router::new()?,
             request_ids: RequestIds::new(),
@@ -225,30 +264,55 @@ impl Call {
         body.unwrap_or_else(PoisonError::into_inner).take()
     }
 
-    /// The body's bytes.
+    /// The body's bytes, of a caller who is known.
     ///
     /// # Errors
     /// It is too large, too slow or broken off.
     pub async fn bytes(&mut self) -> Result<Bytes, ApiError> {
-        let Some(body) = self.incoming() else {
+        let limit = self.app.config.server.max_body_bytes;
+        let room = self.app.bodies.clone();
+        self.bytes_within(limit, room, "").await
+    }
+
+    /// The body's bytes, of a caller whom only the body makes known.
+    ///
+    /// # Errors
+    /// As [`Self::bytes`].
+    pub async fn strangers_bytes(&mut self) -> Result<Bytes, ApiError> {
+        let limit = self.app.config.server.max_body_bytes;
+        let room = self.app.strangers.clone();
+        if limit <= STRANGERS_BODY {
+            return self.bytes_within(limit, room, "").await;
+        }
+        let hint = ", which is the most without a key in a header";
+        self.bytes_within(STRANGERS_BODY, room, hint).await
+    }
+
+    async fn bytes_within(
+        &mut self,
+        limit: usize,
+        room: Room,
+        hint: &str,
+    ) -> Result<Bytes, ApiError> {
+        let Some(mut body) = self.incoming() else {
             return Ok(Bytes::new());
         };
-        let limit = self.app.config.server.max_body_bytes;
         let most = Duration::from_secs(self.app.config.server.body_timeout_s);
+        // What is certain to be refused needs no room.
+        let is_too_large = body.size_hint().lower() > limit as u64;
         let expected = body.size_hint().upper().unwrap_or(limit as u64);
         let expected = usize::try_from(expected).unwrap_or(limit).min(limit);
-        if expected > SMALL_BODY {
-            let kib = u32::try_from(expected / 1024).unwrap_or(u32::MAX);
-            let room = self.app.bodies.clone().acquire_many_owned(kib);
-            match tokio::time::timeout(most, room).await {
-                Ok(Ok(room)) => self.held = Some(room),
-                Ok(Err(_)) | Err(_) => {
+        if expected > SMALL_BODY && !is_too_large {
+            match tokio::time::timeout(most, room.take(expected)).await {
+                Ok(room) => self.held = room,
+                Err(_) => {
+                    discard(&mut body).await;
                     let detail = "Too many large requests at once; try again shortly";
                     return Err(ApiError::too_many(detail, 1));
                 }
             }
         }
-        let reading = read(body, limit);
+        let reading = read(body, limit, hint);
         tokio::time::timeout(most, reading)
             .await
             .unwrap_or_else(|_| {
@@ -259,15 +323,15 @@ impl Call {
             })
     }
 
-    /// Reads the body and forgets it. An answer before the end of the request would close the
-    /// connection, and a client that still sends might never see the answer.
+    /// What keeps room for the body, for who keeps (parts of) the body beyond the request's answer.
+    pub fn room(&mut self) -> Option<OwnedSemaphorePermit> {
+        self.held.take()
+    }
+
+    /// Reads the body and forgets it.
     async fn discard(&mut self) {
-        let Some(mut body) = self.incoming() else {
-            return;
-        };
-        let rest = async { while let Some(Ok(_)) = body.frame().await {} };
-        if let Err(error) = tokio::time::timeout(DISCARD, rest).await {
-            tracing::debug!(%error, "the body of a refused request did not come");
+        if let Some(mut body) = self.incoming() {
+            discard(&mut body).await;
         }
     }
 
@@ -299,7 +363,7 @@ impl Call {
             };
             return Ok((caller, Body::parse(&self.bytes().await?)?));
         }
-        let body = Body::parse(&self.bytes().await?).ok();
+        let body = Body::parse(&self.strangers_bytes().await?).ok();
         let body = body.ok_or_else(|| self.refuse(Refusal::NoCredentials))?;
         match body.api_key().map(str::to_owned) {
             Some(secret) => Ok((self.admit(&secret)?, body)),
@@ -351,29 +415,29 @@ impl Call {
     }
 }
 
-async fn read(mut body: Incoming, limit: usize) -> Result<Bytes, ApiError> {
-    let too_large = || {
-        let detail = format!("The request body is larger than {limit} bytes");
-        ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, detail)
-    };
-    let whole = if body.size_hint().lower() > limit as u64 {
-        Err(too_large())
-    } else {
+/// Reads the rest of a body and forgets it, frame by frame. An answer before the end of the request would close
+/// the connection, and a client that still sends might never see the answer.
+async fn discard(body: &mut Incoming) {
+    let rest = async { while let Some(Ok(_)) = body.frame().await {} };
+    if let Err(error) = tokio::time::timeout(DISCARD, rest).await {
+        tracing::debug!(%error, "the rest of a refused request did not come");
+    }
+}
+
+async fn read(mut body: Incoming, limit: usize, hint: &str) -> Result<Bytes, ApiError> {
+    if body.size_hint().lower() <= limit as u64 {
         match Limited::new(&mut body, limit).collect().await {
             Ok(whole) => return Ok(whole.to_bytes()),
-            Err(error) if error.is::<LengthLimitError>() => Err(too_large()),
+            Err(error) if error.is::<LengthLimitError>() => {}
             Err(_) => {
                 let detail = "The request body broke off";
                 return Err(ApiError::new(StatusCode::BAD_REQUEST, detail));
             }
         }
-    };
-    // Who still sends does not see an answer: an early close would throw it away.
-    let rest = async { while let Some(Ok(_)) = body.frame().await {} };
-    if tokio::time::timeout(DISCARD, rest).await.is_err() {
-        tracing::debug!("the rest of a body that is too large did not come");
     }
-    whole
+    discard(&mut body).await;
+    let detail = format!("The request body is larger than {limit} bytes{hint}");
+    Err(ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, detail))
 }
 
 /// Names requests in the log and to the client: unique in this run, not guessable across runs.

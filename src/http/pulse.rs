@@ -1,5 +1,5 @@
-//! What hyper does not tell: since when a connection has been idle, and since when its peer has
-//! been sending a request's head.
+//! What hyper does not tell: since when a connection has been idle, since when its peer has been sending a
+//! request's head, and since when it has taken nothing of its answers.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -11,6 +11,9 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 /// No head is being read.
 const NONE: u64 = u64::MAX;
+
+/// Bytes in a second that are no progress: HTTP/2's pings and farewells, which go on while an answer is stuck.
+const CONTROL: u64 = 256;
 
 /// First bytes of an HTTP/2 connection. Its peers send frames between requests, so that
 /// "bytes but no request yet" says nothing there; hyper's own keep-alive pings watch those.
@@ -24,6 +27,9 @@ pub(super) struct Pulse {
     last: AtomicU64,
     head_since: AtomicU64,
     blocked_since: AtomicU64,
+    /// Bytes that the peer has taken, and how many there were at the last look.
+    written: AtomicU64,
+    looked: AtomicU64,
 }
 
 impl Pulse {
@@ -35,6 +41,8 @@ impl Pulse {
             last: AtomicU64::new(0),
             head_since: AtomicU64::new(0),
             blocked_since: AtomicU64::new(NONE),
+            written: AtomicU64::new(0),
+            looked: AtomicU64::new(0),
         }
     }
 
@@ -42,11 +50,19 @@ impl Pulse {
         self.opened.elapsed().as_millis() as u64
     }
 
+    /// The peer can send a head from now on.
+    pub(super) fn owes_head(&self) {
+        self.head_since.store(self.now(), Ordering::Relaxed);
+    }
+
     /// A request's head has come whole. The guard's drop is its answer.
     pub(super) fn busy(self: &Arc<Self>) -> Busy {
         self.head_since.store(NONE, Ordering::Relaxed);
         self.busy.fetch_add(1, Ordering::Relaxed);
-        Busy(self.clone())
+        Busy {
+            pulse: self.clone(),
+            counts: true,
+        }
     }
 
     /// How long the peer has been sending a head.
@@ -66,11 +82,22 @@ impl Pulse {
     }
 
     /// Notes whether a write went through.
-    fn wrote<T>(&self, polled: &Poll<T>) {
-        if polled.is_ready() {
+    fn wrote(&self, polled: &Poll<std::io::Result<usize>>) {
+        if let Poll::Ready(result) = polled {
+            let taken = result.as_ref().map_or(0, |taken| *taken as u64);
+            self.written.fetch_add(taken, Ordering::Relaxed);
             self.blocked_since.store(NONE, Ordering::Relaxed);
         } else if self.blocked_since.load(Ordering::Relaxed) == NONE {
             self.blocked_since.store(self.now(), Ordering::Relaxed);
+        }
+    }
+
+    /// To be called once a second: a peer that takes what it is sent is not idle.
+    pub(super) fn look(&self) {
+        let written = self.written.load(Ordering::Relaxed);
+        let before = self.looked.swap(written, Ordering::Relaxed);
+        if written - before > CONTROL {
+            self.last.store(self.now(), Ordering::Relaxed);
         }
     }
 
@@ -85,12 +112,31 @@ impl Pulse {
 
 /// A request that is being answered.
 #[derive(Debug)]
-pub(super) struct Busy(Arc<Pulse>);
+pub(super) struct Busy {
+    pulse: Arc<Pulse>,
+    counts: bool,
+}
+
+impl Busy {
+    /// Whether it is this server that the peer waits for. While it is the peer that has to take what there is, the
+    /// connection counts as idle.
+    pub(super) fn owes(&mut self, owes: bool) {
+        if self.counts == owes {
+            return;
+        }
+        self.counts = owes;
+        if owes {
+            self.pulse.busy.fetch_add(1, Ordering::Relaxed);
+        } else {
+            self.pulse.last.store(self.pulse.now(), Ordering::Relaxed);
+            self.pulse.busy.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+}
 
 impl Drop for Busy {
     fn drop(&mut self) {
-        self.0.last.store(self.0.now(), Ordering::Relaxed);
-        self.0.busy.fetch_sub(1, Ordering::Relaxed);
+        self.owes(false);
     }
 }
 
@@ -142,6 +188,60 @@ impl<S: AsyncRead + Unpin> AsyncRead for Watched<S> {
 }
 
 impl<S: AsyncWrite + Unpin> AsyncWrite for Watched<S> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<std::io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, buf)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[std::io::IoSlice<'_>],
+    ) -> Poll<std::io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_vectored(cx, bufs)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+/// A stream that tells its pulse what the peer takes. It is the socket itself: a layer above, such as TLS, takes
+/// bytes that the peer has not.
+#[derive(Debug)]
+pub(super) struct Weighed<S> {
+    stream: S,
+    pulse: Arc<Pulse>,
+}
+
+impl<S> Weighed<S> {
+    pub(super) fn new(stream: S, pulse: Arc<Pulse>) -> Self {
+        Self { stream, pulse }
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Weighed<S> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(cx, buf)
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Weighed<S> {
     fn poll_write(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,

@@ -13,6 +13,8 @@ use hyper::{Response, StatusCode};
 use serde::Serialize;
 use tokio::sync::mpsc;
 
+use super::pulse::Busy;
+
 /// A reply.
 ///
 /// An error of its body breaks the connection off: the only way to tell a client that what has
@@ -83,27 +85,21 @@ pub fn stream(content_type: &'static str) -> (Sink, Reply) {
     (Sink(sender), reply)
 }
 
-/// Keeps `guard` until the reply's body has left or is given up.
-pub(super) fn guarded(reply: Reply, guard: impl Send + Unpin + 'static) -> Reply {
+/// Keeps the connection busy while the reply's body has more to come, until it has left or is given up.
+pub(super) fn guarded(reply: Reply, busy: Busy) -> Reply {
     // Whole bodies leave with their heads; only streams outlive the handler.
     if reply.body().size_hint().exact().is_some() {
         return reply;
     }
-    reply.map(|body| {
-        Guarded {
-            body,
-            _guard: guard,
-        }
-        .boxed_unsync()
-    })
+    reply.map(|body| Guarded { body, busy }.boxed_unsync())
 }
 
-struct Guarded<G> {
+struct Guarded {
     body: UnsyncBoxBody<Bytes, io::Error>,
-    _guard: G,
+    busy: Busy,
 }
 
-impl<G: Unpin> Body for Guarded<G> {
+impl Body for Guarded {
     type Data = Bytes;
     type Error = io::Error;
 
@@ -111,7 +107,10 @@ impl<G: Unpin> Body for Guarded<G> {
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<Option<io::Result<Frame<Bytes>>>> {
-        Pin::new(&mut self.body).poll_frame(context)
+        let frame = Pin::new(&mut self.body).poll_frame(context);
+        // It is asked for more when the peer has room for it: until then it is the peer's turn.
+        self.busy.owes(frame.is_pending());
+        frame
     }
 
     fn is_end_stream(&self) -> bool {

@@ -18,7 +18,7 @@ use tokio::sync::{Semaphore, mpsc, watch};
 use tokio_rustls::TlsAcceptor;
 
 use super::app::App;
-use super::pulse::{Pulse, Watched};
+use super::pulse::{Pulse, Watched, Weighed};
 use super::reply::guarded;
 use crate::config::ServerConfig;
 
@@ -154,12 +154,17 @@ impl Connection {
             tracing::debug!(%error, "cannot set TCP_NODELAY");
         }
         self.app.metrics.connections.inc();
+        let pulse = Arc::new(Pulse::new());
+        let stream = Weighed::new(stream, pulse.clone());
         match tls {
-            None => self.serve(stream).await,
+            None => self.serve(stream, pulse).await,
             Some(tls) => {
                 let most = Duration::from_secs(self.config.handshake_timeout_s);
                 match tokio::time::timeout(most, tls.accept(stream)).await {
-                    Ok(Ok(stream)) => self.serve(stream).await,
+                    Ok(Ok(stream)) => {
+                        pulse.owes_head();
+                        self.serve(stream, pulse).await;
+                    }
                     Ok(Err(error)) => tracing::debug!(%error, "a TLS handshake failed"),
                     Err(_) => {
                         self.app.metrics.cut.inc();
@@ -171,8 +176,11 @@ impl Connection {
         self.app.metrics.connections.dec();
     }
 
-    async fn serve<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(&self, stream: S) {
-        let pulse = Arc::new(Pulse::new());
+    async fn serve<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
+        &self,
+        stream: S,
+        pulse: Arc<Pulse>,
+    ) {
         let (app, beat) = (self.app.clone(), pulse.clone());
         let service = service_fn(move |request: Request<Incoming>| {
             let app = app.clone();
@@ -209,7 +217,10 @@ impl Connection {
                         tracing::debug!("a request's head took too long");
                         return;
                     }
-                    if pulse.blocked_for() > idle {
+                    pulse.look();
+                    // What was asked to end by itself, being idle, and cannot, waits for a peer that lets
+                    // nothing of an HTTP/2 answer through.
+                    if pulse.blocked_for() > idle || pulse.idle_for() > idle * 2 {
                         self.app.metrics.cut.inc();
                         tracing::debug!("a peer takes nothing of its answer");
                         return;

@@ -1,5 +1,7 @@
 //! The front end over real connections, with sessions that have no VMs.
 
+mod peers;
+
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -62,7 +64,16 @@ impl World {
             store: store.clone(),
             vms,
         };
-        let app = App::new(config, auth, backend.clone(), tasks, control, registry).unwrap();
+        let app = App::new(
+            config,
+            auth,
+            backend.clone(),
+            tasks,
+            control,
+            registry,
+            "pv",
+        )
+        .unwrap();
         let address = server.url().split("//").nth(1).unwrap().to_owned();
         let (stop, stopped) = watch::channel(false);
         let serving = tokio::spawn(server.serve(app.clone(), stopped));
@@ -448,9 +459,10 @@ async fn beyond_the_plan_s_rate_is_429_with_the_time_to_wait() {
 async fn open_routes_are_open() {
     let world = World::new(|_| {}).await;
     let mut wire = world.connect().await;
+    let (status, health) = wire.ask("GET", "/health", "", "").await.json();
     assert_eq!(
-        wire.ask("GET", "/health", "", "").await.json().1["status"],
-        "ok"
+        (status, &health["status"], &health["machine"]),
+        (200, &json!("ok"), &json!("pv"))
     );
     assert_eq!(
         wire.ask("GET", "/openapi.json", "", "").await.json().1["openapi"],
@@ -462,88 +474,6 @@ async fn open_routes_are_open() {
         text.contains("thaw_http_requests_total{route=\"/health\",status=\"200\"} 1"),
         "{text}"
     );
-}
-
-#[tokio::test]
-async fn slow_heads_and_idle_connections_are_cut_and_busy_ones_are_not() {
-    let world = World::new(|config| {
-        config.server.header_timeout_s = 1;
-        config.server.idle_timeout_s = 3;
-    })
-    .await;
-    let mut slow = world.connect().await;
-    slow.0.write_all(b"GET /health HT").await.unwrap();
-    let mut idle = world.connect().await;
-    idle.ask("GET", "/health", "", "").await;
-    let mut busy = world.connect().await;
-    let head = format!("X-API-Key: {KEY}\r\n");
-    busy.send("POST", "/execute", &head, br#"{"command":"sleep 4500"}"#)
-        .await;
-    assert!(slow.closes_within(Duration::from_millis(2800)).await);
-    assert!(idle.closes_within(Duration::from_secs(4)).await);
-    assert_eq!(busy.answer().await.status, 200);
-}
-
-#[tokio::test]
-async fn what_is_no_http_is_answered_and_a_half_request_holds_nothing_up() {
-    let world = World::new(|_| {}).await;
-    let long = format!(
-        "GET / HTTP/1.1\r\nHost: x\r\nA: {}\r\n\r\n",
-        "x".repeat(20_000)
-    );
-    for (sent, status) in [("GARBAGE\r\n\r\n", "400"), (long.as_str(), "431")] {
-        let mut stream = world.connect().await.0;
-        stream.write_all(sent.as_bytes()).await.unwrap();
-        let mut answer = vec![0; 64];
-        let count = stream.read(&mut answer).await.unwrap();
-        let answer = String::from_utf8_lossy(&answer[..count]).into_owned();
-        assert!(
-            answer.starts_with(&format!("HTTP/1.1 {status}")),
-            "{answer:?}"
-        );
-    }
-    let mut stream = world.connect().await.0;
-    let one_and_a_half = "GET /health HTTP/1.1\r\nHost: x\r\n\r\nGET /hea";
-    stream.write_all(one_and_a_half.as_bytes()).await.unwrap();
-    let mut answer = vec![0; 64];
-    let read = tokio::time::timeout(Duration::from_secs(5), stream.read(&mut answer)).await;
-    assert!(
-        read.expect("the first request waits for the second")
-            .unwrap()
-            > 0
-    );
-}
-
-#[tokio::test]
-async fn the_connection_cap_makes_others_wait() {
-    let world = World::new(|config| config.server.max_connections = 1).await;
-    let mut first = world.connect().await;
-    first.ask("GET", "/health", "", "").await;
-    let mut second = world.connect().await;
-    second.send("GET", "/health", "", b"").await;
-    let early = tokio::time::timeout(Duration::from_millis(200), second.answer()).await;
-    assert!(early.is_err());
-    drop(first);
-    assert_eq!(second.answer().await.status, 200);
-}
-
-#[tokio::test]
-async fn a_drain_finishes_what_is_in_flight_and_takes_nothing_new() {
-    let world = World::new(|_| {}).await;
-    let mut busy = world.connect().await;
-    let head = format!("X-API-Key: {KEY}\r\n");
-    busy.send("POST", "/execute", &head, br#"{"command":"sleep 400"}"#)
-        .await;
-    let mut idle = world.connect().await;
-    assert_eq!(idle.ask("GET", "/health", "", "").await.status, 200);
-    tokio::time::sleep(Duration::from_millis(50)).await;
-    begin_drain(&world.app);
-    world.stop.send_replace(true);
-    assert!(idle.closes_within(Duration::from_secs(1)).await);
-    let answer = busy.answer().await;
-    assert_eq!(answer.status, 200);
-    world.serving.await.unwrap();
-    assert!(TcpStream::connect(&world.address).await.is_err());
 }
 
 #[tokio::test]

@@ -7,6 +7,7 @@ use bytes::Bytes;
 use hyper::StatusCode;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
+use tokio::sync::OwnedSemaphorePermit;
 
 use super::{Access, Endpoint, Group, Takes, executions};
 use crate::backend::Ticket;
@@ -165,6 +166,8 @@ struct Wanted {
     request: CommandRequest,
     idempotency_key: Option<String>,
     content: [u8; 32],
+    /// Room for its body, which is kept as long as the code.
+    room: Option<OwnedSemaphorePermit>,
 }
 
 pub(super) async fn execute(mut call: Call) -> Result<Reply, ApiError> {
@@ -175,6 +178,7 @@ pub(super) async fn execute(mut call: Call) -> Result<Reply, ApiError> {
         caller,
         request,
         content,
+        room,
         ..
     } = wanted;
     let timeout = Duration::from_secs(request.timeout_s.into());
@@ -204,6 +208,7 @@ pub(super) async fn execute(mut call: Call) -> Result<Reply, ApiError> {
         let language = language_name(command.language);
         let place = Place::take(&app, &caller, request.session_id)?;
         Ok(async move {
+            let _room = room;
             let is_new = matches!(place, Place::New);
             let (session, ticket) = place.found(&app, &caller).await?;
             if is_new {
@@ -286,6 +291,7 @@ async fn submit(
         let (caller, mut request) = (wanted.caller, wanted.request);
         let place = Place::take(&app, &caller, request.session_id.take())?;
         Ok(async move {
+            let _room = wanted.room;
             if matches!(place, Place::New) {
                 // No session is made for a task that has run already or is not taken.
                 let (key, length) = (wanted.idempotency_key.clone(), request.code.len());
@@ -367,6 +373,7 @@ async fn wanted(call: &mut Call, route: &'static str) -> Result<Wanted, ApiError
         request,
         idempotency_key,
         content,
+        room: call.room(),
     })
 }
 

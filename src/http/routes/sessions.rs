@@ -139,7 +139,7 @@ pub(super) async fn create(mut call: Call) -> Result<Reply, ApiError> {
         let (caller, body) = call.caller_and_body().await?;
         (caller, body.session(true, &vm)?)
     } else {
-        let body = Body::parse(&call.bytes().await?)?;
+        let body = Body::parse(&call.strangers_bytes().await?)?;
         let request = body.session(false, &vm)?;
         let key = body.api_key().unwrap_or_default();
         (call.admit(key)?, request)

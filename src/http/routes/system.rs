@@ -53,7 +53,10 @@ pub(super) const GROUP: Group = Group {
     schemas: || {
         vec![(
             "Health",
-            object(&["status"], json!({ "status": text(), "version": text() })),
+            object(
+                &["status", "version", "machine"],
+                json!({ "status": text(), "version": text(), "machine": text() }),
+            ),
         )]
     },
 };
@@ -66,7 +69,11 @@ pub(super) async fn health(call: Call) -> Result<Reply, ApiError> {
     } else {
         (StatusCode::OK, "ok")
     };
-    let shown = json!({ "status": word, "version": env!("CARGO_PKG_VERSION") });
+    let shown = json!({
+        "status": word,
+        "version": env!("CARGO_PKG_VERSION"),
+        "machine": call.app.machine,
+    });
     Ok(reply::json(status, &shown))
 }
 
