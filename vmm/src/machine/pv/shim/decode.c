@@ -139,8 +139,6 @@ static int one_byte(struct instruction *in, u8 opcode)
 		in->immediate = *in->next & 0x30 ? 0 : in->size == 2 ? 2 : 4;
 		return 1;
 	case 0xff: /* inc and dec; near call, near jump and push, whose push `implied` has dealt with */
-		if ((*in->next & 0x30) && (*in->next & 0x08))
-			return 0;
 		in->size = 8;
 		return 1;
 	default:
@@ -208,15 +206,19 @@ static int implied(const struct frame *frame, struct instruction *in, u8 opcode,
 		*address = frame->error & ERROR_WRITE ? frame->rdi : frame->rsi;
 		return 1;
 	case 0x50 ... 0x57: case 0xe8:
+		if (in->size == 2)
+			return 0;
 		in->size = 8;
 		*address = frame->rsp - 8;
 		return 1;
 	case 0x58 ... 0x5f: case 0xc3:
+		if (in->size == 2)
+			return 0;
 		in->size = 8;
 		*address = frame->rsp;
 		return 1;
 	case 0xff: /* call and push: reading the operand comes first and is no write */
-		if (!(frame->error & ERROR_WRITE) || !(*in->next & 0x30) || (*in->next & 0x08) || in->size == 2)
+		if (!(frame->error & ERROR_WRITE) || !(*in->next & 0x30))
 			return 0;
 		in->size = 8;
 		*address = frame->rsp - 8;
@@ -243,6 +245,9 @@ static int decode(const struct frame *frame, u64 *address)
 		in.size = 8;
 	u8 opcode = *in.next++;
 	int known;
+	/* Far calls and jumps; near ones and pushes of 16 bits: rare, and of more than one access. */
+	if (opcode == 0xff && (*in.next & 0x30) && ((*in.next & 0x08) || in.size == 2))
+		return 0;
 	if (opcode == 0xc5 || opcode == 0xc4)
 		known = vex(&in, opcode);
 	else if (opcode == 0x62)
