@@ -116,7 +116,9 @@ fn no_request_makes_a_parser_panic() {
     let end = Instant::now() + Duration::from_secs(seconds);
     let (mut rounds, mut slowest) = (0_u64, Duration::ZERO);
     while Instant::now() < end {
-        let mut bytes = SEEDS[random.random_range(0..SEEDS.len())].as_bytes().to_vec();
+        let mut bytes = SEEDS[random.random_range(0..SEEDS.len())]
+            .as_bytes()
+            .to_vec();
         mutate(&mut random, &mut bytes);
         let start = Instant::now();
         bodies(&bytes);

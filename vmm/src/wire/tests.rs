@@ -195,7 +195,7 @@ fn a_bad_header_is_a_fault() {
     type Spoil = fn(&GuestMemory);
     let spoils: [Spoil; 6] = [
         |memory| memory.write_u64(HEADER, 1).unwrap(),
-        |memory| write32(memory, offset::VERSION, VERSION + 1),
+        |memory| write32(memory, offset::VERSION, layout::VERSION + 1),
         |memory| write32(memory, offset::RING_PAGES, 3),
         |memory| write32(memory, offset::RING_PAGES, 1 << 20),
         |memory| {
