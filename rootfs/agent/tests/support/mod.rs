@@ -1,5 +1,7 @@
 //! A host for a rehearsing agent.
 
+pub mod processes;
+
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
