@@ -10,7 +10,7 @@ use thaw_wire::message::{Process as Order, Signal};
 use super::{Engine, slots};
 use crate::interpreter::LOWEST_MOVED;
 use crate::link::{Link, LinkError};
-use crate::process::{Part, Process};
+use crate::process::{Part, Process, clean};
 use crate::sys::child::Ended;
 
 /// Most processes at once; the host allows as many in one VM.
@@ -132,14 +132,19 @@ impl<L: Link> Engine<L> {
 
     /// A process ended, if it was one of these.
     pub(super) fn on_process_death(&mut self, ended: Ended) {
-        self.leaving.retain(|process| process.pid != ended.pid);
-        let entry = self
-            .processes
-            .values_mut()
-            .find(|entry| entry.process.pid == ended.pid);
-        if let Some(entry) = entry {
-            entry.process.ended(ended.status, ended.cpu_us);
+        let all = self.processes.values_mut().map(|entry| &mut entry.process);
+        let mut all = all.chain(&mut self.leaving);
+        let Some(process) = all.find(|process| process.pid == ended.pid) else {
+            return;
+        };
+        process.ended(ended.status, ended.cpu_us);
+        if let Some(file) = process.broken_off()
+            && let Err(error) = clean(file, &self.ground.place)
+        {
+            crate::console::say(&format!("a draft may be left: {error}"));
         }
+        self.leaving
+            .retain(|process| process.exit_status().is_none());
     }
 
     /// When the processes must be looked at next.

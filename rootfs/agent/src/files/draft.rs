@@ -16,9 +16,9 @@ const PREFIX: &str = ".thaw-upload-";
 /// Names tried for a draft; they are random, so that a second try is rare already.
 const TRIES: u32 = 100;
 
-/// A new file beside the one that it will be. Unless it is published, nothing of it is left: not when
-/// it is dropped, and not when its process is killed, for as long as the file system has files without
-/// a name. One that was killed on another file system is removed by the next that is made there.
+/// A new file beside the one that it will be. Unless it is published, nothing of it is left: it has no
+/// name, where the file system knows such files, and elsewhere it loses it when it is dropped, or when
+/// the agent has [`remove_stale`] called after a kill.
 pub(super) struct Draft {
     file: File,
     directory: PathBuf,
@@ -36,7 +36,6 @@ impl Draft {
         let (file, name) = match nameless {
             Ok(file) => (file, None),
             Err(error) if is_unknown(&error) => {
-                remove_stale(directory);
                 let (name, file) = with_name(directory, |name| {
                     OpenOptions::new()
                         .write(true)
@@ -121,7 +120,7 @@ fn remove_quietly(path: &Path) {
 }
 
 /// Removes what transfers left that were killed: its name tells a process that is gone.
-fn remove_stale(directory: &Path) {
+pub(super) fn remove_stale(directory: &Path) {
     let Ok(entries) = fs::read_dir(directory) else {
         return;
     };

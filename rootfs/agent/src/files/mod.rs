@@ -61,6 +61,14 @@ pub fn main(text: &str) -> ExitCode {
     }
 }
 
+/// Removes what transfers to this file left that something ended.
+pub fn clean(path: &str) -> ExitCode {
+    if let Ok((_, directory)) = transfer::locate(path) {
+        draft::remove_stale(&directory);
+    }
+    ExitCode::SUCCESS
+}
+
 fn carry_out(work: &FileWork) -> Result<(), Failure> {
     match work {
         FileWork::Read { path } => transfer::read(path),

@@ -61,25 +61,31 @@ fn pour(mut file: &File) -> io::Result<()> {
     }
 }
 
-/// Standard input becomes the file.
-pub(super) fn write(path: &str, mode: Option<u32>, parents: bool) -> Result<(), Failure> {
+/// The file that a path leads to, and the directory that it is or will be in. A link is written through,
+/// as a shell's redirection does.
+pub(super) fn locate(path: &str) -> io::Result<(PathBuf, PathBuf)> {
     let target = Path::new(path);
-    // A link is written through, as a shell's redirection does.
     let target = fs::canonicalize(target).unwrap_or_else(|_| target.to_owned());
-    if target.file_name().is_none() {
-        return Err(error(libc::EISDIR)).about(path);
-    }
-    let there = fs::metadata(&target).ok();
-    if path.ends_with('/') || there.as_ref().is_some_and(fs::Metadata::is_dir) {
-        return Err(error(libc::EISDIR)).about(path);
-    }
-    if there.as_ref().is_some_and(|there| !there.is_file()) {
-        return Err(error(libc::EINVAL)).about(path);
+    if path.ends_with('/') || target.file_name().is_none() {
+        return Err(error(libc::EISDIR));
     }
     let directory = match target.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
         _ => PathBuf::from("."),
     };
+    Ok((target, directory))
+}
+
+/// Standard input becomes the file.
+pub(super) fn write(path: &str, mode: Option<u32>, parents: bool) -> Result<(), Failure> {
+    let (target, directory) = locate(path).about(path)?;
+    let there = fs::metadata(&target).ok();
+    if there.as_ref().is_some_and(fs::Metadata::is_dir) {
+        return Err(error(libc::EISDIR)).about(path);
+    }
+    if there.as_ref().is_some_and(|there| !there.is_file()) {
+        return Err(error(libc::EINVAL)).about(path);
+    }
     if parents {
         fs::create_dir_all(&directory).about(&directory.to_string_lossy())?;
     }

@@ -9,6 +9,7 @@ mod start;
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, killpg};
@@ -17,6 +18,7 @@ use thaw_wire::frame::INITIAL_CREDIT;
 use thaw_wire::message::{Exit, Process as Order, Size};
 
 pub use input::{Input, Overrun};
+pub use start::clean;
 
 use crate::interpreter::Place;
 use crate::limits;
@@ -24,6 +26,9 @@ use crate::sys::device;
 
 /// What the agent calls itself when it works on files.
 pub const FILES: &str = "thaw-files";
+
+/// What it is told then to remove what a broken off transfer left, instead of work to do.
+pub const CLEAN: &str = "--clean";
 
 /// Output of a process that ended is waited for so long when something it left behind still holds
 /// its pipes or its terminal. What is there by then is its own, what comes later is not.
@@ -75,6 +80,8 @@ pub struct Process {
     settle_at: Option<Instant>,
     kill_at: Option<Instant>,
     started: Instant,
+    /// The file that it writes, if that is its work.
+    writes: Option<PathBuf>,
 }
 
 impl Process {
@@ -101,6 +108,7 @@ impl Process {
             settle_at: None,
             kill_at: None,
             started: Instant::now(),
+            writes: start::written(order, place),
         })
     }
 
@@ -168,6 +176,12 @@ impl Process {
         if self.is_terminal {
             self.input.close();
         }
+    }
+
+    /// The file that it was writing when something ended it, and of which there may be a draft.
+    pub fn broken_off(&self) -> Option<&Path> {
+        let is_killed = self.exit_status().is_some_and(|status| status > 128);
+        self.writes.as_deref().filter(|_| is_killed)
     }
 
     /// It ended with this status, after this much processor time in microseconds.

@@ -5,14 +5,15 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
 use nix::pty::{Winsize, openpty};
 use nix::unistd::{Pid, pipe2};
-use thaw_wire::message::{Process as Order, Program, Size};
+use thaw_wire::message::{FileWork, Process as Order, Program, Size};
 
-use super::FILES;
+use super::{CLEAN, FILES};
 use crate::interpreter::Place;
 use crate::sys::child::{self, Setup};
 
@@ -53,6 +54,60 @@ fn widen(fd: impl AsFd) {
     }
 }
 
+/// The agent, for work on files: wherever it was started from, this is it.
+fn itself() -> Command {
+    let mut command = Command::new("/proc/self/exe");
+    command.arg0(FILES);
+    command
+}
+
+/// Where a process starts.
+fn cwd<'a>(order: &'a Order, place: &'a Place) -> &'a Path {
+    let wanted = order.cwd.as_ref();
+    wanted.map_or(place.home.as_path(), AsRef::as_ref)
+}
+
+/// The file that a process is to write, if that is its work.
+pub(super) fn written(order: &Order, place: &Place) -> Option<PathBuf> {
+    match &order.program {
+        Program::Files {
+            work: FileWork::Write { path, .. },
+        } => Some(cwd(order, place).join(path)),
+        _ => None,
+    }
+}
+
+fn setup(place: &Place, takes_terminal: bool) -> io::Result<Setup> {
+    let cgroup = match &place.cgroup {
+        Some(path) => Some(File::options().write(true).open(path)?.into()),
+        None => None,
+    };
+    Ok(Setup {
+        descriptors: Vec::new(),
+        cgroup,
+        drop_doorbell: place.holds_doorbell,
+        takes_terminal,
+    })
+}
+
+/// Starts the removal of what a broken off transfer to this file left, in a process that nobody waits
+/// for: the file system may be one that answers late or never.
+///
+/// # Errors
+/// The system cannot start it.
+pub fn clean(path: &Path, place: &Place) -> io::Result<()> {
+    let mut command = itself();
+    command
+        .arg(CLEAN)
+        .arg(path)
+        .env_clear()
+        .current_dir("/")
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
+    child::spawn(command, setup(place, false)?).map(drop)
+}
+
 /// The program, not started yet.
 fn command(order: &Order) -> io::Result<Command> {
     match &order.program {
@@ -68,9 +123,8 @@ fn command(order: &Order) -> io::Result<Command> {
             Ok(command)
         }
         Program::Files { work } => {
-            // The agent itself: wherever it was started from, this is it.
-            let mut command = Command::new("/proc/self/exe");
-            command.arg0(FILES).arg(serde_json::to_string(work)?);
+            let mut command = itself();
+            command.arg(serde_json::to_string(work)?);
             Ok(command)
         }
     }
@@ -91,22 +145,8 @@ pub(super) fn start(
         command.env("TERM", TERM);
     }
     command.envs(&order.env);
-    command.current_dir(
-        order
-            .cwd
-            .as_ref()
-            .map_or(place.home.as_path(), AsRef::as_ref),
-    );
-    let cgroup = match &place.cgroup {
-        Some(path) => Some(File::options().write(true).open(path)?.into()),
-        None => None,
-    };
-    let setup = Setup {
-        descriptors: Vec::new(),
-        cgroup,
-        drop_doorbell: place.holds_doorbell,
-        takes_terminal: order.terminal.is_some(),
-    };
+    command.current_dir(cwd(order, place));
+    let setup = setup(place, order.terminal.is_some())?;
     let (outputs, input) = match order.terminal {
         Some(size) => terminal(&mut command, size)?,
         None => {

@@ -220,6 +220,15 @@ impl Host {
             .sum()
     }
 
+    /// Processes that the agent has started and not taken leave of.
+    pub fn children(&self) -> Vec<u32> {
+        let agent = self.child.id();
+        let path = format!("/proc/{agent}/task/{agent}/children");
+        let children = std::fs::read_to_string(path).unwrap();
+        let numbers = children.split_whitespace();
+        numbers.map(|number| number.parse().unwrap()).collect()
+    }
+
     pub fn python(&mut self, code: &str) -> Outcome {
         self.run(Language::Python, code)
     }
