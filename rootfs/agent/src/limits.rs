@@ -134,6 +134,21 @@ pub fn memory_available() -> u64 {
 
 /// Kills the other members of a process group: what an interrupt did not move.
 pub fn kill_followers(leader: nix::unistd::Pid) {
+    kill_others(leader, GROUP);
+}
+
+/// Kills the other members of a session, in whichever group they are: what a terminal's shell runs
+/// beside itself.
+pub fn kill_session(leader: nix::unistd::Pid) {
+    kill_others(leader, SESSION);
+}
+
+/// Fields of `/proc/PID/stat` after the name, which is in parentheses and may hold anything: state,
+/// parent, group, session.
+const GROUP: usize = 2;
+const SESSION: usize = 3;
+
+fn kill_others(leader: nix::unistd::Pid, field: usize) {
     use nix::sys::signal::{Signal, kill};
     let Ok(entries) = fs::read_dir("/proc") else {
         return;
@@ -147,11 +162,10 @@ pub fn kill_followers(leader: nix::unistd::Pid) {
             continue;
         };
         let stat = fs::read_to_string(entry.path().join("stat")).unwrap_or_default();
-        // After the name, which is in parentheses and may hold anything: state, parent, group.
-        let group = stat
+        let led_by = stat
             .rsplit_once(')')
-            .and_then(|(_, rest)| rest.split_whitespace().nth(2));
-        if pid != leader.as_raw() && group == Some(leader.to_string().as_str()) {
+            .and_then(|(_, rest)| rest.split_whitespace().nth(field));
+        if pid != leader.as_raw() && led_by == Some(leader.to_string().as_str()) {
             // One that ended meanwhile is as good as killed.
             kill(nix::unistd::Pid::from_raw(pid), Signal::SIGKILL).unwrap_or_default();
         }

@@ -25,6 +25,11 @@ fn main() -> ExitCode {
     {
         return files::main(work);
     }
+    if let [name, order, file] = arguments.as_slice()
+        && (name.as_str(), order.as_str()) == (process::FILES, process::CLEAN)
+    {
+        return files::clean(file);
+    }
     let ended = match arguments
         .iter()
         .position(|argument| argument == "--rehearse")

@@ -1,6 +1,5 @@
 //! A link over an inherited socket: the engine without a VM, for tests and development.
 
-use std::collections::VecDeque;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
@@ -10,6 +9,9 @@ use thaw_wire::message::Renew;
 
 use crate::identity::{Proof, RenewError};
 use crate::link::{Link, LinkError};
+
+/// Bytes taken off the socket at once.
+const AT_ONCE: usize = 256 << 10;
 
 /// Stands in for the kernel's part of a renewal, which is none of a rehearsal's business.
 ///
@@ -27,7 +29,9 @@ pub fn renew(order: &Renew) -> Result<Proof, RenewError> {
 #[derive(Debug)]
 pub struct Rehearsal {
     socket: UnixStream,
-    incoming: VecDeque<u8>,
+    incoming: Vec<u8>,
+    /// Bytes of it that were taken.
+    taken: usize,
 }
 
 impl Rehearsal {
@@ -40,7 +44,8 @@ impl Rehearsal {
         socket.set_nonblocking(true)?;
         Ok(Self {
             socket,
-            incoming: VecDeque::new(),
+            incoming: Vec::new(),
+            taken: 0,
         })
     }
 }
@@ -59,32 +64,29 @@ impl Link for Rehearsal {
     }
 
     fn acknowledge(&mut self) -> Result<(), LinkError> {
-        let mut bytes = vec![0; 64 * 1024];
-        match self.socket.read(&mut bytes) {
+        self.incoming.drain(..std::mem::take(&mut self.taken));
+        let have = self.incoming.len();
+        self.incoming.resize(have + AT_ONCE, 0);
+        let read = self.socket.read(&mut self.incoming[have..]);
+        self.incoming.truncate(have + *read.as_ref().unwrap_or(&0));
+        match read {
             Ok(0) => Err(LinkError::Closed),
-            Ok(n) => {
-                self.incoming.extend(&bytes[..n]);
-                Ok(())
-            }
+            Ok(_) => Ok(()),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(()),
             Err(error) => Err(error.into()),
         }
     }
 
     fn receive(&mut self) -> Result<Option<Frame>, LinkError> {
-        let mut bytes = [0; HEADER];
-        if self.incoming.len() < HEADER {
+        let Some((bytes, rest)) = self.incoming[self.taken..].split_first_chunk::<HEADER>() else {
             return Ok(None);
-        }
-        for (to, from) in bytes.iter_mut().zip(&self.incoming) {
-            *to = *from;
-        }
-        let header = Header::decode(bytes)?;
-        let whole = HEADER + header.len as usize;
-        if self.incoming.len() < whole {
+        };
+        let header = Header::decode(*bytes)?;
+        let Some(payload) = rest.get(..header.len as usize) else {
             return Ok(None);
-        }
-        let payload = self.incoming.drain(..whole).skip(HEADER).collect();
+        };
+        let payload = payload.to_vec();
+        self.taken += HEADER + payload.len();
         Ok(Some(Frame {
             stream: header.stream,
             kind: header.kind,

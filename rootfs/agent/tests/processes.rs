@@ -1,106 +1,15 @@
-//! Processes beside the commands: terminals, files, their bounds and their ends.
+//! Processes beside the commands: terminals, their bounds and their ends.
 
 // Not every test uses all of the shared support.
 #[allow(dead_code)]
 mod support;
 
-use std::collections::BTreeMap;
-use std::os::unix::fs::PermissionsExt;
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use support::{Host, Outcome};
+use support::Host;
+use support::processes::{Processes, command};
 use thaw_wire::frame::{Frame, INITIAL_CREDIT, Kind, MAX_PAYLOAD};
-use thaw_wire::message::{
-    Exit, FileEvent, FileInfo, FileKind, FileWork, Open, Process, Program, Signal, Size,
-};
-
-fn command(argv: &[&str]) -> Process {
-    Process {
-        program: Program::Command {
-            argv: argv.iter().map(|word| (*word).to_owned()).collect(),
-        },
-        env: BTreeMap::new(),
-        cwd: None,
-        terminal: None,
-    }
-}
-
-fn files(work: FileWork) -> Process {
-    Process {
-        program: Program::Files { work },
-        ..command(&[])
-    }
-}
-
-trait Processes {
-    fn open(&mut self, stream: u32, process: Process);
-    fn feed(&mut self, stream: u32, bytes: &[u8]);
-    fn work(&mut self, stream: u32, work: FileWork) -> Outcome;
-    fn until(&mut self, stream: u32, wanted: &str) -> String;
-}
-
-impl Processes for Host {
-    fn open(&mut self, stream: u32, process: Process) {
-        self.send(&Frame::json(stream, Kind::Open, &Open::Process(process)).unwrap());
-    }
-
-    /// Sends input as credit allows, then its end.
-    fn feed(&mut self, stream: u32, bytes: &[u8]) {
-        let mut credit = INITIAL_CREDIT as usize;
-        let mut sent = 0;
-        while sent < bytes.len() {
-            let len = credit.min(MAX_PAYLOAD).min(bytes.len() - sent);
-            if len == 0 {
-                let frame = self.receive();
-                assert_eq!((frame.stream, frame.kind), (stream, Kind::Credit));
-                credit += u32::from_le_bytes(frame.payload.try_into().unwrap()) as usize;
-                continue;
-            }
-            let piece = bytes[sent..sent + len].to_vec();
-            self.send(&Frame::new(stream, Kind::Stdin, piece));
-            (sent, credit) = (sent + len, credit - len);
-        }
-        self.send(&Frame::new(stream, Kind::Stdin, Vec::new()));
-    }
-
-    fn work(&mut self, stream: u32, work: FileWork) -> Outcome {
-        self.open(stream, files(work));
-        self.finish(stream)
-    }
-
-    /// Reads output until it has a text.
-    fn until(&mut self, stream: u32, wanted: &str) -> String {
-        let mut all = String::new();
-        while !all.contains(wanted) {
-            let frame = self.receive();
-            assert_ne!(frame.kind, Kind::Exit, "it ended after {all:?}");
-            if frame.stream == stream && frame.kind == Kind::Stdout {
-                self.send(&Frame::credit(stream, frame.payload.len() as u32));
-                all.push_str(&String::from_utf8_lossy(&frame.payload));
-            }
-        }
-        all
-    }
-}
-
-fn scratch(name: &str) -> PathBuf {
-    let dir = std::env::temp_dir().join(format!("thaw-files-{name}-{}", std::process::id()));
-    drop(std::fs::remove_dir_all(&dir));
-    std::fs::create_dir_all(&dir).unwrap();
-    dir
-}
-
-fn text(path: &std::path::Path) -> String {
-    path.to_str().unwrap().to_owned()
-}
-
-fn lines<T: serde::de::DeserializeOwned>(outcome: &Outcome) -> Vec<T> {
-    let lines = outcome.out().lines();
-    lines
-        .map(|line| serde_json::from_str(line).unwrap())
-        .collect()
-}
+use thaw_wire::message::{Exit, Signal, Size};
 
 #[test]
 fn a_process_has_input_output_and_an_end() {
@@ -227,165 +136,111 @@ fn processes_are_bounded() {
     assert_eq!(host.finish(133).exit.exit_code, 0);
 }
 
+/// Processes whose command line is exactly this.
+fn running(line: &str) -> usize {
+    let found = std::process::Command::new("pgrep")
+        .args(["-fx", line])
+        .output()
+        .unwrap();
+    found.stdout.iter().filter(|byte| **byte == b'\n').count()
+}
+
 #[test]
-fn a_file_goes_in_and_comes_out_whole() {
-    let dir = scratch("round");
-    let mut host = Host::new("files-round");
-    let bytes: Vec<u8> = (0..20_000_000_u32).map(|n| ((n * 7) >> 3) as u8).collect();
-    let path = text(&dir.join("a/b/big"));
-    let write = |mode, parents| FileWork::Write {
-        path: path.clone(),
-        mode,
-        parents,
-    };
-    assert_eq!(
-        host.work(100, write(None, false)).exit.exit_code,
-        2,
-        "no directory"
-    );
-    host.open(101, files(write(Some(0o640), true)));
-    host.feed(101, &bytes);
-    let written = host.finish(101);
-    assert_eq!(written.exit.exit_code, 0, "{}", written.err());
-    assert_eq!(std::fs::read(&path).unwrap(), bytes);
-    assert_eq!(
-        std::fs::metadata(&path).unwrap().permissions().mode() & 0o777,
-        0o640
-    );
-    let read = host.work(102, FileWork::Read { path: path.clone() });
-    assert!(read.stdout == bytes && read.exit.exit_code == 0);
-    // A replacement keeps the mode; one that is killed changes nothing.
-    host.open(103, files(write(None, false)));
-    host.feed(103, b"new");
-    assert_eq!(host.finish(103).exit.exit_code, 0);
-    assert_eq!(
-        std::fs::metadata(&path).unwrap().permissions().mode() & 0o777,
-        0o640
-    );
-    host.open(104, files(write(None, false)));
-    host.send(&Frame::new(104, Kind::Stdin, vec![9; 1000]));
+fn a_kill_ends_what_nobody_reads_on() {
+    let mut host = Host::new("process-unread");
+    host.generous = false;
+    host.open(100, command(&["head", "-c", "1000000", "/dev/zero"]));
+    host.open(101, command(&["sh", "-c", "head -c 190000 /dev/zero"]));
+    std::thread::sleep(Duration::from_millis(500));
+    // The second has ended by itself; what it wrote waits in its pipe.
+    for (stream, code) in [(100, 137), (101, 0)] {
+        host.signal(stream, Signal::Kill);
+        assert_eq!(host.finish(stream).exit.exit_code, code);
+    }
+}
+
+#[test]
+fn who_is_left_behind_cannot_go_on_writing() {
+    let mut host = Host::new("process-flood");
+    host.open(100, command(&["sh", "-c", "yes & echo $! >&2"]));
+    let outcome = host.finish(100);
+    assert_eq!(outcome.exit.exit_code, 0);
+    let yes: i32 = outcome.err().trim().parse().unwrap();
+    // Its pipe is closed, so that it ends, too.
+    let gone = || !std::path::Path::new(&format!("/proc/{yes}/cmdline")).exists();
+    for _ in 0..100 {
+        if gone() {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    panic!("yes still runs");
+}
+
+#[test]
+fn a_terminal_that_is_killed_takes_everything_along() {
+    let mut host = Host::new("terminal-kill");
+    let line = format!("sleep 6{}", std::process::id());
+    // Jobs have groups of their own, and this one does not mind a hang-up.
+    let code = format!("(trap '' HUP; exec {line}) & echo g''o; sleep 600");
+    let mut shell = command(&["bash", "--norc", "-i", "-c", &format!("set -m; {code}")]);
+    shell.terminal = Some(Size { cols: 80, rows: 24 });
+    host.open(100, shell);
+    host.until(100, "go");
     std::thread::sleep(Duration::from_millis(200));
-    host.signal(104, Signal::Kill);
-    assert_eq!(host.finish(104).exit.exit_code, 137);
-    assert_eq!(std::fs::read(&path).unwrap(), b"new");
-    // What it left is gone with the next transfer.
-    host.open(105, files(write(None, false)));
-    host.feed(105, b"");
-    assert_eq!(host.finish(105).exit.exit_code, 0);
-    let left: Vec<_> = std::fs::read_dir(dir.join("a/b")).unwrap().collect();
-    assert_eq!(left.len(), 1);
-    assert_eq!(std::fs::read(&path).unwrap(), b"");
-    std::fs::remove_dir_all(dir).unwrap();
+    assert_eq!(running(&line), 1);
+    host.signal(100, Signal::Kill);
+    assert_eq!(host.finish(100).exit.exit_code, 137);
+    assert_eq!(running(&line), 0);
 }
 
 #[test]
-fn what_is_no_file_is_refused_and_hangs_nobody() {
-    let dir = scratch("odd");
-    let mut host = Host::new("files-odd");
-    nix::unistd::mkfifo(&dir.join("fifo"), nix::sys::stat::Mode::S_IRWXU).unwrap();
-    std::os::unix::fs::symlink("nowhere", dir.join("link")).unwrap();
-    let at = |name: &str| text(&dir.join(name));
-    let mut stream = 100;
-    let mut code = |work: FileWork| {
-        stream += 1;
-        let outcome = host.work(stream, work);
-        assert!(outcome.exit.exit_code == 0 || !outcome.err().is_empty());
-        outcome.exit.exit_code
-    };
-    let read = |path: String| FileWork::Read { path };
-    assert_eq!(code(read(at("fifo"))), libc::EINVAL);
-    assert_eq!(code(read(text(&dir))), libc::EISDIR);
-    assert_eq!(code(read(at("missing"))), libc::ENOENT);
-    assert_eq!(code(read("a\0b".into())), 255);
-    assert_eq!(code(read("x".repeat(5000))), libc::ENAMETOOLONG);
-    let write = |path: String| FileWork::Write {
-        path,
-        mode: None,
-        parents: false,
-    };
-    assert_eq!(code(write(text(&dir))), libc::EISDIR);
-    assert_eq!(code(write(at("fifo"))), libc::EINVAL);
-    let remove = |path: String, recursive| FileWork::Remove { path, recursive };
-    assert_eq!(code(remove("/".into(), true)), libc::EBUSY);
-    assert_eq!(code(remove(at("missing"), true)), libc::ENOENT);
-    assert_eq!(code(remove(text(&dir), false)), libc::ENOTEMPTY);
-    assert_eq!(code(remove(at("link"), true)), 0);
-    assert_eq!(code(remove(text(&dir), true)), 0);
-    assert!(!dir.exists());
+fn a_terminal_that_its_program_leaves_is_over() {
+    let mut host = Host::new("terminal-left");
+    let code = "import os, time\nfor fd in range(20):\n    try: os.close(fd)\n    except OSError: pass\ntime.sleep(600)";
+    let mut leaver = command(&["python3", "-c", code]);
+    leaver.terminal = Some(Size { cols: 80, rows: 24 });
+    let before = host.agent_ticks();
+    host.open(100, leaver);
+    // Its other end closes, which hangs it up, as when a window is closed.
+    assert_eq!(host.finish(100).exit.exit_code, 129);
+    assert!(host.agent_ticks() - before < 20, "the agent spins");
 }
 
 #[test]
-fn lists_and_facts() {
-    let dir = scratch("list");
-    let mut host = Host::new("files-list");
-    std::fs::create_dir(dir.join("b")).unwrap();
-    std::fs::write(dir.join("b/inner"), "12345").unwrap();
-    std::fs::write(dir.join("a\nx"), "1").unwrap();
-    std::os::unix::fs::symlink("b", dir.join("c")).unwrap();
-    let list = |recursive, limit| FileWork::List {
-        path: text(&dir),
-        recursive,
-        limit,
-    };
-    let names = |infos: &[FileInfo]| -> Vec<String> {
-        let base = text(&dir) + "/";
-        infos
-            .iter()
-            .map(|info| info.path.replace(&base, ""))
-            .collect()
-    };
-    let flat: Vec<FileInfo> = lines(&host.work(100, list(false, 100)));
-    assert_eq!(names(&flat), ["a\nx", "b", "c"]);
-    assert_eq!(flat[2].target.as_deref(), Some("b"));
-    let deep: Vec<FileInfo> = lines(&host.work(101, list(true, 100)));
-    assert_eq!(names(&deep), ["a\nx", "b", "b/inner", "c"]);
-    assert_eq!((deep[2].kind, deep[2].size), (FileKind::File, 5));
-    let some: Vec<FileInfo> = lines(&host.work(102, list(true, 2)));
-    assert_eq!(names(&some), ["a\nx", "b"]);
-    let path = text(&dir.join("new/deep"));
-    let mkdir = |parents| FileWork::Mkdir {
-        path: path.clone(),
-        parents,
-    };
-    assert_eq!(host.work(103, mkdir(false)).exit.exit_code, libc::ENOENT);
-    assert_eq!(host.work(104, mkdir(true)).exit.exit_code, 0);
-    let rename = FileWork::Rename {
-        from: path.clone(),
-        to: text(&dir.join("moved")),
-    };
-    assert_eq!(host.work(105, rename).exit.exit_code, 0);
-    let stat = FileWork::Stat {
-        path: text(&dir.join("moved")),
-    };
-    let found: Vec<FileInfo> = lines(&host.work(106, stat));
-    assert_eq!(found[0].kind, FileKind::Directory);
-    std::fs::remove_dir_all(dir).unwrap();
+fn a_login_shell_starts_on_a_terminal_and_nothing_leaks_into_it() {
+    let mut host = Host::new("terminal-login");
+    let mut shell = command(&["bash", "-il"]);
+    shell.terminal = Some(Size { cols: 70, rows: 20 });
+    host.open(100, shell);
+    let line = b"stty size; echo $TERM-$COLUMNS; ls -l /proc/self/fd | grep -c /dev/p; exit 9\n";
+    host.send(&Frame::new(100, Kind::Stdin, line.to_vec()));
+    let outcome = host.finish(100);
+    let said = outcome.out();
+    assert!(said.contains("20 70\r\n"), "{said}");
+    assert!(said.contains("xterm-256color-"), "{said}");
+    // Standard input and error; the standard output of that program was a pipe.
+    assert!(said.contains("\n2\r\n"), "{said}");
+    assert_eq!(outcome.exit.exit_code, 9);
 }
 
 #[test]
-fn changes_are_told_as_they_happen() {
-    let dir = scratch("watch");
-    let mut host = Host::new("files-watch");
-    let watch = FileWork::Watch {
-        path: text(&dir),
-        recursive: true,
-    };
-    host.open(100, files(watch));
-    host.until(100, "{}\n");
-    std::fs::create_dir(dir.join("new")).unwrap();
-    host.until(100, "/new\"}\n");
-    std::fs::write(dir.join("new/file"), "x").unwrap();
-    let told = host.until(100, "modified");
-    let events: Vec<FileEvent> = told
-        .lines()
-        .filter_map(|line| serde_json::from_str(line).ok())
-        .collect();
-    assert!(
-        events.iter().all(|event| event.path.ends_with("/new/file")),
-        "{events:?}"
-    );
-    std::fs::remove_file(dir.join("new/file")).unwrap();
-    host.until(100, "removed");
-    std::fs::remove_dir_all(&dir).unwrap();
-    assert_eq!(host.finish(100).exit.exit_code, 0);
+fn input_without_credit_ends_its_process_and_no_other() {
+    let mut host = Host::new("process-overrun");
+    host.open(100, command(&["sleep", "600"]));
+    host.open(101, command(&["cat"]));
+    for _ in 0..10 {
+        host.send(&Frame::new(100, Kind::Stdin, vec![1; MAX_PAYLOAD]));
+    }
+    assert_eq!(host.finish(100).exit.exit_code, 137);
+    host.feed(101, b"on");
+    assert_eq!(host.finish(101).out(), "on");
+}
+
+#[test]
+fn processor_time_of_a_process_is_told() {
+    let mut host = Host::new("process-cpu");
+    let code = "for ((n = 0; n < 100000; n++)); do :; done";
+    host.open(100, command(&["bash", "-c", code]));
+    assert!(host.finish(100).exit.cpu_us > 10_000);
 }

@@ -15,7 +15,6 @@ use std::time::{Duration, Instant};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use thaw_wire::frame::{CONTROL, Frame, INITIAL_CREDIT, Kind, MAX_PAYLOAD};
 use thaw_wire::message::{Execute, Ready, Renew, Report};
 
@@ -23,6 +22,8 @@ use crate::identity::{Proof, RenewError};
 use crate::interpreter::{self, LANGUAGES, OUTPUTS, Part, Place};
 use crate::limits::Limits;
 use crate::link::{Link, LinkError};
+use crate::process::Process;
+use crate::sys::child;
 use orders::Pending;
 use slots::Slot;
 
@@ -79,6 +80,8 @@ pub struct Engine<L> {
     streams: BTreeMap<u32, Stream>,
     /// Processes beside the commands, by stream.
     processes: BTreeMap<u32, process::Entry>,
+    /// Processes whose host is gone, until they are.
+    leaving: Vec<Process>,
     outbox: VecDeque<Frame>,
     env: BTreeMap<String, String>,
     pending: Pending,
@@ -112,6 +115,7 @@ impl<L: Link> Engine<L> {
             slots: slots::defaults(),
             streams: BTreeMap::new(),
             processes: BTreeMap::new(),
+            leaving: Vec::new(),
             outbox: VecDeque::new(),
             env: BTreeMap::new(),
             pending: Pending::default(),
@@ -233,8 +237,8 @@ impl<L: Link> Engine<L> {
         Ok(())
     }
 
-    fn on_frame(&mut self, mut frame: Frame) -> Result<(), LinkError> {
-        if self.on_process_frame(&mut frame) {
+    fn on_frame(&mut self, frame: Frame) -> Result<(), LinkError> {
+        if self.on_process_frame(&frame) {
             return Ok(());
         }
         match frame.kind {
@@ -267,22 +271,18 @@ impl<L: Link> Engine<L> {
             .map_err(io::Error::from)?
             .is_some()
         {}
-        loop {
-            let (pid, code) = match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
-                Ok(WaitStatus::Exited(pid, code)) => (pid, code),
-                Ok(WaitStatus::Signaled(pid, signal, _)) => (pid, 128 + signal as i32),
-                Ok(WaitStatus::StillAlive) | Err(_) => return Ok(()),
-                Ok(_) => continue,
-            };
+        while let Some(ended) = child::reap() {
             let is_it = |slot: &&Slot| {
-                !slot.dead && slot.interpreter.as_ref().is_some_and(|it| it.pid == pid)
+                let interpreter = slot.interpreter.as_ref();
+                !slot.dead && interpreter.is_some_and(|it| it.pid == ended.pid)
             };
             if let Some(at) = self.slots.iter().position(|slot| is_it(&slot)) {
-                self.on_death(at, code)?;
+                self.on_death(at, ended.status)?;
             } else {
-                self.on_process_death(pid, code);
+                self.on_process_death(ended);
             }
         }
+        Ok(())
     }
 
     /// Keeps epoll's interest in step with what can be read now.

@@ -4,17 +4,21 @@ use std::io;
 use std::time::Instant;
 
 use nix::sys::epoll::{EpollEvent, EpollFlags};
-use nix::sys::signal::Signal as Unix;
-use nix::unistd::Pid;
 use thaw_wire::frame::{Frame, Kind, MAX_PAYLOAD};
 use thaw_wire::message::{Process as Order, Signal};
 
-use super::Engine;
+use super::{Engine, slots};
+use crate::interpreter::LOWEST_MOVED;
 use crate::link::{Link, LinkError};
-use crate::process::{Part, Process};
+use crate::process::{Part, Process, clean};
+use crate::sys::child::Ended;
 
 /// Most processes at once; the host allows as many in one VM.
 const MOST: usize = 32;
+
+/// Descriptors that children see under fixed numbers must not be in use here when they are moved there:
+/// those of all processes and interpreters, each with four at most, and some of the agent's own stay below.
+const _: () = assert!(MOST * 3 + slots::MOST * 4 + 20 < LOWEST_MOVED as usize);
 
 /// Epoll tokens of processes: this, plus four times the stream's number, plus the part.
 pub(super) const TOKENS: u64 = 1 << 32;
@@ -57,23 +61,20 @@ impl<L: Link> Engine<L> {
     }
 
     /// Input, credit or a signal for a process; false when the stream is none's.
-    pub(super) fn on_process_frame(&mut self, frame: &mut Frame) -> bool {
+    pub(super) fn on_process_frame(&mut self, frame: &Frame) -> bool {
         let Some(Entry { process, .. }) = self.processes.get_mut(&frame.stream) else {
             return false;
         };
         match frame.kind {
-            Kind::Stdin => {
-                process.take_input(std::mem::take(&mut frame.payload));
-                process.write_on();
-            }
+            Kind::Stdin => process.take_input(&frame.payload),
             Kind::Credit => {
                 if let Ok(bytes) = frame.payload.as_slice().try_into() {
                     process.credit = process.credit.saturating_add(u32::from_le_bytes(bytes));
                 }
             }
             Kind::Signal => match serde_json::from_slice(&frame.payload) {
-                Ok(Signal::Interrupt) => process.signal(Unix::SIGINT),
-                Ok(Signal::Kill) => process.signal(Unix::SIGKILL),
+                Ok(Signal::Interrupt) => process.interrupt(),
+                Ok(Signal::Kill) => process.kill(),
                 Ok(Signal::Hangup) => process.hang_up(),
                 Ok(Signal::Resize(size)) => process.resize(size),
                 // What a later version of the host may say.
@@ -93,7 +94,7 @@ impl<L: Link> Engine<L> {
         match Part::ALL.get(part) {
             Some(Part::Stdin) => {
                 if let Some(entry) = self.processes.get_mut(&stream) {
-                    entry.process.write_on();
+                    entry.process.input.write_on();
                 }
                 Ok(())
             }
@@ -130,36 +131,45 @@ impl<L: Link> Engine<L> {
     }
 
     /// A process ended, if it was one of these.
-    pub(super) fn on_process_death(&mut self, pid: Pid, status: i32) {
-        let entry = self
-            .processes
-            .values_mut()
-            .find(|entry| entry.process.pid == pid);
-        if let Some(entry) = entry {
-            entry.process.ended(status);
+    pub(super) fn on_process_death(&mut self, ended: Ended) {
+        let all = self.processes.values_mut().map(|entry| &mut entry.process);
+        let mut all = all.chain(&mut self.leaving);
+        let Some(process) = all.find(|process| process.pid == ended.pid) else {
+            return;
+        };
+        process.ended(ended.status, ended.cpu_us);
+        if let Some(file) = process.broken_off()
+            && let Err(error) = clean(file, &self.ground.place)
+        {
+            crate::console::say(&format!("a draft may be left: {error}"));
         }
+        self.leaving
+            .retain(|process| process.exit_status().is_none());
     }
 
     /// When the processes must be looked at next.
     pub(super) fn processes_due(&self) -> Option<Instant> {
-        let all = self.processes.values();
-        all.filter_map(|entry| entry.process.next_due()).min()
+        let all = self.processes.values().map(|entry| &entry.process);
+        all.chain(&self.leaving).filter_map(Process::next_due).min()
     }
 
     /// What is to be done for processes at the end of a turn; nothing costs anything without any.
     pub(super) fn tend_processes(&mut self) -> Result<(), LinkError> {
-        if self.processes.is_empty() {
+        if self.processes.is_empty() && self.leaving.is_empty() {
             return Ok(());
         }
         let now = Instant::now();
+        for process in &mut self.leaving {
+            process.on_time(now);
+        }
         let streams: Vec<u32> = self.processes.keys().copied().collect();
         for stream in streams {
             let Some(Entry { process, .. }) = self.processes.get_mut(&stream) else {
                 continue;
             };
             process.on_time(now);
-            process.write_on();
-            if let Some(grant) = process.grant() {
+            process.input.write_on();
+            if let Some(grant) = process.input.grant() {
                 self.emit(Frame::credit(stream, grant))?;
             }
             for part in [Part::Stdout, Part::Stderr] {
@@ -180,11 +190,16 @@ impl<L: Link> Engine<L> {
 
     /// The host that knew the processes is no more: their terminals are hung up.
     pub(super) fn abandon_processes(&mut self) {
-        for entry in self.processes.values_mut() {
-            entry.process.hang_up();
+        // Whoever was told to go a generation ago has had its time: so there are never more than MOST.
+        for mut process in self.leaving.drain(..) {
+            process.kill();
         }
-        // Closing their descriptors does the rest.
-        self.processes.clear();
+        for mut entry in std::mem::take(&mut self.processes).into_values() {
+            if entry.process.exit_status().is_none() {
+                entry.process.abandon();
+                self.leaving.push(entry.process);
+            }
+        }
     }
 
     fn watch_process(&mut self, stream: u32) -> Result<(), LinkError> {

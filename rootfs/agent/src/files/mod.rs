@@ -1,6 +1,7 @@
 //! Work on files, in a process of its own: a file system that hangs (a pipe, a FUSE mount of the
 //! user's) hangs this process, never PID 1, and what it costs is the session's.
 
+mod draft;
 mod transfer;
 mod tree;
 mod watch;
@@ -49,12 +50,23 @@ pub fn main(text: &str) -> ExitCode {
             let why = error.to_string();
             let why = why.split(" (os error").next().unwrap_or_default();
             eprintln!("{path}: {why}");
+            // What the system would never see, such as a path with a NUL in it, is as invalid.
+            let is_invalid = error.kind() == io::ErrorKind::InvalidInput;
             let number = error
                 .raw_os_error()
+                .or(is_invalid.then_some(libc::EINVAL))
                 .and_then(|code| u8::try_from(code).ok());
             ExitCode::from(number.unwrap_or(NO_NUMBER))
         }
     }
+}
+
+/// Removes what transfers to this file left that something ended.
+pub fn clean(path: &str) -> ExitCode {
+    if let Ok((_, directory)) = transfer::locate(path) {
+        draft::remove_stale(&directory);
+    }
+    ExitCode::SUCCESS
 }
 
 fn carry_out(work: &FileWork) -> Result<(), Failure> {

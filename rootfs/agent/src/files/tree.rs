@@ -1,5 +1,6 @@
 //! What directories hold, and changes to them.
 
+use std::collections::BinaryHeap;
 use std::fs;
 use std::io::{self, BufWriter, Write};
 use std::os::unix::fs::MetadataExt;
@@ -47,9 +48,9 @@ pub(super) fn stat(path: &str) -> Result<(), Failure> {
 /// list short and never sorts what nobody will see.
 pub(super) fn list(path: &str, recursive: bool, limit: u64) -> Result<(), Failure> {
     let mut out = BufWriter::new(io::stdout().lock());
-    let mut left = limit;
+    let mut left = usize::try_from(limit).unwrap_or(usize::MAX);
     // Directories that are being listed: their entries that are still to come, last first.
-    let mut open: Vec<Vec<PathBuf>> = vec![entries(Path::new(path)).about(path)?];
+    let mut open: Vec<Vec<PathBuf>> = vec![entries(Path::new(path), left).about(path)?];
     while let Some(level) = open.last_mut() {
         let Some(next) = level.pop() else {
             open.pop();
@@ -64,20 +65,24 @@ pub(super) fn list(path: &str, recursive: bool, limit: u64) -> Result<(), Failur
         say(&mut out, &found).about(path)?;
         if recursive && found.kind == FileKind::Directory {
             // A directory that may not be read is listed, only not its insides.
-            open.push(entries(&next).unwrap_or_default());
+            open.push(entries(&next, left).unwrap_or_default());
         }
     }
     out.flush().about(path)
 }
 
-/// A directory's entries, last first.
-fn entries(directory: &Path) -> io::Result<Vec<PathBuf>> {
-    let mut all = Vec::new();
+/// A directory's entries, last first: of too many, only those that come first are kept.
+fn entries(directory: &Path, most: usize) -> io::Result<Vec<PathBuf>> {
+    let mut first = BinaryHeap::new();
     for entry in fs::read_dir(directory)? {
-        all.push(entry?.path());
+        first.push(entry?.path());
+        if first.len() > most {
+            first.pop();
+        }
     }
-    all.sort_unstable_by(|a, b| b.cmp(a));
-    Ok(all)
+    let mut first = first.into_sorted_vec();
+    first.reverse();
+    Ok(first)
 }
 
 pub(super) fn mkdir(path: &str, parents: bool) -> Result<(), Failure> {
@@ -90,8 +95,9 @@ pub(super) fn mkdir(path: &str, parents: bool) -> Result<(), Failure> {
 
 pub(super) fn remove(path: &str, recursive: bool) -> Result<(), Failure> {
     let found = fs::symlink_metadata(path).about(path)?;
-    let is_root = fs::canonicalize(path).is_ok_and(|whole| whole == Path::new("/"));
-    if is_root {
+    // A link to the root is not the root.
+    let is_root = || fs::canonicalize(path).is_ok_and(|whole| whole == Path::new("/"));
+    if found.is_dir() && is_root() {
         return Err(io::Error::from_raw_os_error(libc::EBUSY)).about(path);
     }
     match (found.is_dir(), recursive) {

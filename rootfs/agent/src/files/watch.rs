@@ -3,8 +3,10 @@
 use std::collections::HashMap;
 use std::fs;
 use std::io::{self, Write};
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, InotifyEvent, WatchDescriptor};
 use thaw_wire::message::{FileChange, FileEvent};
 
@@ -29,6 +31,8 @@ struct Watcher {
     inotify: Inotify,
     watched: HashMap<WatchDescriptor, PathBuf>,
     recursive: bool,
+    /// What is watched itself, rather than for being below it.
+    top: Option<WatchDescriptor>,
 }
 
 /// Tells of changes until standard output is closed or what is watched is gone.
@@ -38,34 +42,75 @@ pub(super) fn watch(path: &str, recursive: bool) -> Result<(), Failure> {
         inotify,
         watched: HashMap::new(),
         recursive,
+        top: None,
     };
-    let top = watcher.add(Path::new(path)).about(path)?;
+    watcher.top = Some(watcher.add(Path::new(path), wanted()).about(path)?);
     let mut news = Vec::new();
     watcher.descend(Path::new(path), false, &mut news);
     say(&["{}".into()]).about(path)?;
     tell(&news).about(path)?;
-    loop {
+    while watcher.wait().about(path)? {
         let events = watcher.inotify.read_events().about(path)?;
         let mut news = Vec::new();
         let mut is_over = false;
         for event in events {
             let gone = AddWatchFlags::IN_DELETE_SELF | AddWatchFlags::IN_MOVE_SELF;
-            is_over |= event.wd == top && event.mask.intersects(gone);
+            is_over |= watcher.top == Some(event.wd) && event.mask.intersects(gone);
             watcher.note(event, &mut news);
         }
         news.dedup();
         tell(&news).about(path)?;
         if is_over {
-            return Ok(());
+            break;
         }
     }
+    Ok(())
 }
 
 impl Watcher {
-    fn add(&mut self, path: &Path) -> io::Result<WatchDescriptor> {
-        let descriptor = self.inotify.add_watch(path, wanted())?;
+    /// Waits for news; false when nobody wants to hear them.
+    fn wait(&self) -> io::Result<bool> {
+        let out = io::stdout();
+        loop {
+            let mut fds = [
+                PollFd::new(self.inotify.as_fd(), PollFlags::POLLIN),
+                // Asked for nothing, it still tells of a reader that is gone.
+                PollFd::new(out.as_fd(), PollFlags::empty()),
+            ];
+            match poll(&mut fds, PollTimeout::NONE) {
+                Ok(_) if fds[1].any().unwrap_or(true) => return Ok(false),
+                Ok(_) => return Ok(true),
+                Err(nix::Error::EINTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    fn add(&mut self, path: &Path, wanted: AddWatchFlags) -> io::Result<WatchDescriptor> {
+        let descriptor = self.inotify.add_watch(path, wanted)?;
         self.watched.insert(descriptor, path.to_owned());
         Ok(descriptor)
+    }
+
+    /// Watches a directory below; false when it cannot be.
+    fn add_below(&mut self, path: &Path) -> bool {
+        // It may have become a link meanwhile, to anywhere.
+        let wanted = wanted() | AddWatchFlags::IN_ONLYDIR | AddWatchFlags::IN_DONT_FOLLOW;
+        self.watched.len() < MOST_DIRECTORIES && self.add(path, wanted).is_ok()
+    }
+
+    /// Forgets a directory that went elsewhere, and what is below it: its name is wrong now. If it is
+    /// still below what is watched it is found again under its new one.
+    fn forget(&mut self, directory: &Path) {
+        let inotify = &self.inotify;
+        self.watched.retain(|descriptor, path| {
+            let stays = !path.starts_with(directory);
+            if !stays {
+                // One that is removed already is no longer watched either.
+                inotify.rm_watch(*descriptor).unwrap_or_default();
+            }
+            stays
+        });
     }
 
     /// Watches what is below a directory, too. In one that is new, what is there already was made
@@ -85,7 +130,7 @@ impl Watcher {
             if !entry.file_type().is_ok_and(|kind| kind.is_dir()) {
                 continue;
             }
-            if self.watched.len() >= MOST_DIRECTORIES || self.add(&path).is_err() {
+            if !self.add_below(&path) {
                 news.push(event(FileChange::Overflow, &path));
                 continue;
             }
@@ -106,6 +151,10 @@ impl Watcher {
         let Some(directory) = self.watched.get(&happened.wd) else {
             return;
         };
+        let itself = AddWatchFlags::IN_DELETE_SELF | AddWatchFlags::IN_MOVE_SELF;
+        if mask.intersects(itself) && self.top != Some(happened.wd) {
+            return; // the directory above tells that, in its place
+        }
         let path = match &happened.name {
             Some(name) => directory.join(name),
             None => directory.clone(),
@@ -122,9 +171,12 @@ impl Watcher {
             _ => FileChange::Attributes,
         };
         news.push(event(change, &path));
+        if mask.contains(AddWatchFlags::IN_MOVED_FROM | AddWatchFlags::IN_ISDIR) {
+            self.forget(&path);
+        }
         if change == FileChange::Created && mask.contains(AddWatchFlags::IN_ISDIR) && self.recursive
         {
-            if self.watched.len() >= MOST_DIRECTORIES || self.add(&path).is_err() {
+            if !self.add_below(&path) {
                 news.push(event(FileChange::Overflow, &path));
                 return;
             }

@@ -14,7 +14,7 @@ use nix::unistd::Pid;
 use serde_json::{Value, json};
 use thaw_wire::message::{Execute, Language};
 
-pub use start::{Place, available, start};
+pub use start::{LOWEST_MOVED, Place, available, start};
 
 use bash::Shell;
 use channel::Channel;

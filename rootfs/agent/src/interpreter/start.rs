@@ -17,8 +17,11 @@ use super::channel::Channel;
 use super::{Interpreter, Talk};
 use crate::sys::child::{self, Setup};
 
+/// The lowest number that a descriptor is moved to in a child; see [`crate::sys::child`].
+pub const LOWEST_MOVED: i32 = 200;
+
 /// Descriptors of a helper.
-const COMMANDS: i32 = 200;
+const COMMANDS: i32 = LOWEST_MOVED;
 const ATTEND: i32 = 201;
 
 /// Where interpreters live and run.
@@ -141,7 +144,7 @@ pub fn start(
         setup
             .descriptors
             .iter()
-            .all(|(fd, _)| fd.as_raw_fd() < COMMANDS)
+            .all(|(fd, _)| fd.as_raw_fd() < LOWEST_MOVED)
     );
     let child = child::spawn(command, setup)?;
     let mut interpreter = Interpreter {

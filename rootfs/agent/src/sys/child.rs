@@ -5,6 +5,8 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command};
 
+use nix::unistd::Pid;
+
 /// What a child is given beside its command line.
 #[derive(Debug)]
 pub struct Setup {
@@ -16,6 +18,38 @@ pub struct Setup {
     pub drop_doorbell: bool,
     /// Whether its standard input is a terminal, which becomes its session's.
     pub takes_terminal: bool,
+}
+
+/// A child that ended.
+#[derive(Clone, Copy, Debug)]
+pub struct Ended {
+    /// Who it was.
+    pub pid: Pid,
+    /// Its own status, or 128 and the number of the signal that ended it.
+    pub status: i32,
+    /// Processor time of it and the children it waited for, microseconds.
+    pub cpu_us: u64,
+}
+
+/// Takes leave of a child that ended, if one has.
+pub fn reap() -> Option<Ended> {
+    let mut status = 0;
+    // SAFETY: rusage is plain numbers, for which zero is a value.
+    let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
+    // SAFETY: wait4 writes one int and one rusage to the pointers, which outlive the call.
+    let pid = unsafe { libc::wait4(-1, &raw mut status, libc::WNOHANG, &raw mut usage) };
+    let us = |time: libc::timeval| {
+        u64::try_from(time.tv_sec * 1_000_000 + time.tv_usec).unwrap_or_default()
+    };
+    (pid > 0).then(|| Ended {
+        pid: Pid::from_raw(pid),
+        status: if libc::WIFSIGNALED(status) {
+            128 + libc::WTERMSIG(status)
+        } else {
+            libc::WEXITSTATUS(status)
+        },
+        cpu_us: us(usage.ru_utime) + us(usage.ru_stime),
+    })
 }
 
 /// Starts `command` as the leader of its own session and process group.

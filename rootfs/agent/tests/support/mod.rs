@@ -1,5 +1,7 @@
 //! A host for a rehearsing agent.
 
+pub mod processes;
+
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
@@ -216,6 +218,15 @@ impl Host {
             .take(2)
             .map(|field| field.parse::<u64>().unwrap())
             .sum()
+    }
+
+    /// Processes that the agent has started and not taken leave of.
+    pub fn children(&self) -> Vec<u32> {
+        let agent = self.child.id();
+        let path = format!("/proc/{agent}/task/{agent}/children");
+        let children = std::fs::read_to_string(path).unwrap();
+        let numbers = children.split_whitespace();
+        numbers.map(|number| number.parse().unwrap()).collect()
     }
 
     pub fn python(&mut self, code: &str) -> Outcome {
