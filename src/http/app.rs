@@ -151,16 +151,15 @@ impl App {
         let id = self.request_ids.next();
         let in_flight = InFlight::new(&self.metrics);
         let (parts, body) = request.into_parts();
+        let body = body.map_err(|error| BrokenOff(error.into().to_string()));
+        let body = Arc::new(Mutex::new(Some(body.boxed_unsync())));
         let method = parts.method.clone();
         let (route, result) = match self.router.find(&parts.method, parts.uri.path()) {
             Ok((endpoint, params)) => {
                 let call = Call {
                     parts,
                     held: None,
-                    body: Mutex::new(Some(
-                        body.map_err(|error| BrokenOff(error.into().to_string()))
-                            .boxed_unsync(),
-                    )),
+                    body: body.clone(),
                     params,
                     app: self.clone(),
                 };
@@ -168,6 +167,9 @@ impl App {
             }
             Err(error) => ("unknown", Err(error)),
         };
+        if let Some(unread) = take(&body) {
+            discard(unread).await;
+        }
         let mut reply = result.unwrap_or_else(|error| error.reply());
         let status = reply.status().as_u16();
         if let Ok(value) = HeaderValue::from_str(&id) {
@@ -221,8 +223,8 @@ pub struct Call {
     params: Params,
     /// Room for the body, until the request is answered.
     held: Option<OwnedSemaphorePermit>,
-    /// Never contended: it makes a reference to a call something that can go from thread to thread.
-    body: Mutex<Option<Incoming>>,
+    /// Never contended: what the call has not taken at its end is read to its end.
+    body: Arc<Mutex<Option<Incoming>>>,
 }
 
 impl std::fmt::Debug for Call {
@@ -260,8 +262,7 @@ impl Call {
     /// The body as it comes, once: for what is too large to be held. Its size and time are the
     /// caller's to bound.
     pub fn incoming(&mut self) -> Option<Incoming> {
-        let body = self.body.get_mut();
-        body.unwrap_or_else(PoisonError::into_inner).take()
+        take(&self.body)
     }
 
     /// The body's bytes, of a caller who is known.
@@ -294,7 +295,7 @@ impl Call {
         room: Room,
         hint: &str,
     ) -> Result<Bytes, ApiError> {
-        let Some(mut body) = self.incoming() else {
+        let Some(body) = self.incoming() else {
             return Ok(Bytes::new());
         };
         let most = Duration::from_secs(self.app.config.server.body_timeout_s);
@@ -306,7 +307,7 @@ impl Call {
             match tokio::time::timeout(most, room.take(expected)).await {
                 Ok(room) => self.held = room,
                 Err(_) => {
-                    discard(&mut body).await;
+                    discard(body).await;
                     let detail = "Too many large requests at once; try again shortly";
                     return Err(ApiError::too_many(detail, 1));
                 }
@@ -328,13 +329,6 @@ impl Call {
         self.held.take()
     }
 
-    /// Reads the body and forgets it.
-    async fn discard(&mut self) {
-        if let Some(mut body) = self.incoming() {
-            discard(&mut body).await;
-        }
-    }
-
     /// Who makes a request that has no body.
     ///
     /// # Errors
@@ -354,13 +348,7 @@ impl Call {
     /// Nobody that may, or too often; the body is not JSON.
     pub async fn caller_and_body(&mut self) -> Result<(Caller, Body), ApiError> {
         if presented(&self.parts.headers) != Presented::Nothing {
-            let caller = match self.caller() {
-                Ok(caller) => caller,
-                Err(error) => {
-                    self.discard().await;
-                    return Err(error);
-                }
-            };
+            let caller = self.caller()?;
             return Ok((caller, Body::parse(&self.bytes().await?)?));
         }
         let body = Body::parse(&self.strangers_bytes().await?).ok();
@@ -376,13 +364,7 @@ impl Call {
     /// # Errors
     /// As there.
     pub async fn caller_and_optional_body(&mut self) -> Result<(Caller, Body), ApiError> {
-        let caller = match self.caller() {
-            Ok(caller) => caller,
-            Err(error) => {
-                self.discard().await;
-                return Err(error);
-            }
-        };
+        let caller = self.caller()?;
         Ok((caller, Body::parse_optional(&self.bytes().await?)?))
     }
 
@@ -415,9 +397,16 @@ impl Call {
     }
 }
 
+fn take(body: &Mutex<Option<Incoming>>) -> Option<Incoming> {
+    body.lock().unwrap_or_else(PoisonError::into_inner).take()
+}
+
 /// Reads the rest of a body and forgets it, frame by frame. An answer before the end of the request would close
 /// the connection, and a client that still sends might never see the answer.
-async fn discard(body: &mut Incoming) {
+async fn discard(mut body: Incoming) {
+    if body.is_end_stream() {
+        return;
+    }
     let rest = async { while let Some(Ok(_)) = body.frame().await {} };
     if let Err(error) = tokio::time::timeout(DISCARD, rest).await {
         tracing::debug!(%error, "the rest of a refused request did not come");
@@ -435,7 +424,7 @@ async fn read(mut body: Incoming, limit: usize, hint: &str) -> Result<Bytes, Api
             }
         }
     }
-    discard(&mut body).await;
+    discard(body).await;
     let detail = format!("The request body is larger than {limit} bytes{hint}");
     Err(ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, detail))
 }

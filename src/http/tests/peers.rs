@@ -188,3 +188,19 @@ async fn a_drain_finishes_what_is_in_flight_and_takes_nothing_new() {
     world.serving.await.unwrap();
     assert!(TcpStream::connect(&world.address).await.is_err());
 }
+
+#[tokio::test]
+async fn a_body_that_nobody_reads_does_not_cost_the_connection() {
+    let world = World::new(|_| {}).await;
+    let mut wire = world.connect().await;
+    for path in ["/v1/users/me", "/nope", "/v1/executions/x"] {
+        // Head and body in two packets, as common clients send them.
+        let head = format!("GET {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n");
+        wire.0.write_all(head.as_bytes()).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        wire.0.write_all(b"{}").await.unwrap();
+        let status = wire.answer().await.status;
+        assert!(matches!(status, 401 | 404), "{path}: {status}");
+    }
+    assert_eq!(wire.ask("GET", "/health", "", "").await.status, 200);
+}
