@@ -74,7 +74,7 @@ pub(super) const GROUP: Group = Group {
                 object(
                     &[],
                     json!({
-                        "api_key": { "type": ["string", "null"], "description": "Required when no header has a key" },
+                        "api_key": nullable("string"),
                         "vm_lifetime_seconds": { "type": "integer", "minimum": 20, "maximum": 86400, "default": 300 },
                         "memory_mb": { "type": "integer", "minimum": 128, "maximum": 8192, "default": 512 },
                         "vcpu_count": or_null(json!({ "type": "integer", "enum": [1, 2, 4, 6, 8] })),
