@@ -118,15 +118,33 @@ impl Session {
         }
     }
 
-    /// Notes that its suspended VM is given up for good. False: that one is not suspended.
+    /// Notes that its suspended VM is given up for good, also while it is being resumed. False: that
+    /// one is not suspended.
     pub(crate) fn give_up(&self, vm_id: &str) -> bool {
         let mut state = lock(&self.state);
-        match &mut state.slot {
-            Slot::Ended(suspended, how) if suspended == vm_id && *how == End::Suspended => {
-                *how = End::Killed;
-                true
-            }
-            _ => false,
+        let (how, resuming) = match &mut state.slot {
+            Slot::Ended(id, how) if id == vm_id => (how, false),
+            Slot::Starting {
+                before: Some((id, how)),
+                ..
+            } if id == vm_id => (how, true),
+            _ => return false,
+        };
+        if *how != End::Suspended {
+            return false;
+        }
+        *how = End::Killed;
+        state.kills += u64::from(resuming);
+        true
+    }
+
+    /// Notes that its VM was frozen before it ended, however it did.
+    pub(crate) fn park(&self, vm_id: &str) {
+        if let Slot::Ended(ended, how) = &mut lock(&self.state).slot
+            && ended == vm_id
+            && matches!(how, End::Failed(_) | End::Expired(_))
+        {
+            *how = End::Suspended;
         }
     }
 
@@ -285,12 +303,16 @@ impl Starting {
         Ok(())
     }
 
-    /// The VM that the session had before, and how that ended.
-    pub(crate) fn before(&self) -> Option<(String, End)> {
-        match &lock(&self.session.state).slot {
-            Slot::Starting { before, .. } => before.clone(),
-            _ => None,
-        }
+    /// Whether the session had a VM before.
+    pub(crate) fn is_restart(&self) -> bool {
+        let state = lock(&self.session.state);
+        matches!(
+            state.slot,
+            Slot::Starting {
+                before: Some(_),
+                ..
+            }
+        )
     }
 }
 

@@ -5,11 +5,13 @@
 //! the time. The scheduler's weights do that, by way of the nice value: each step is a factor
 //! of 1.25. It works on every kernel and inside containers, where control groups are usually read-only.
 //!
-//! To weigh more than others takes privilege (root, or CAP_SYS_NICE). Without it the scale is
-//! the same but ends at the server's own weight instead of beginning there.
+//! To weigh more than others takes CAP_SYS_NICE. Without it the scale is the same but ends at the
+//! server's own weight instead of beginning there. A server that is root without that capability, as in
+//! many containers, may not even do that: its workers run as another user.
 
-use std::sync::OnceLock;
+use std::sync::{Once, OnceLock};
 
+use rustix::io::Errno;
 use rustix::process::{Pid, getpriority_process, setpriority_process};
 
 /// Steps of nice by which a thread weighs this many times as much as one vCPU's.
@@ -70,8 +72,17 @@ pub(super) fn give(pid: u32, vcpus: u32) {
     let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) else {
         return;
     };
-    if let Err(error) = setpriority_process(Some(pid), scale.nice(vcpus)) {
-        tracing::debug!(?pid, %error, "a VM's share of the processor stays as it is");
+    match setpriority_process(Some(pid), scale.nice(vcpus)) {
+        Ok(()) | Err(Errno::SRCH) => {}
+        Err(error) => {
+            static TOLD: Once = Once::new();
+            TOLD.call_once(|| {
+                tracing::warn!(
+                    %error,
+                    "vcpu_count has no effect: workers run as another user, whose priority this process may not set;                      give it CAP_SYS_NICE"
+                );
+            });
+        }
     }
 }
 

@@ -27,6 +27,17 @@ const SETTLE: Duration = Duration::from_secs(10);
 /// How long a VM that is to be frozen at the end of its lifetime waits for the command that runs.
 const LAST_COMMAND: Duration = Duration::from_secs(5);
 
+/// A VM that is to be started.
+#[derive(Debug)]
+pub struct Begin {
+    /// The id that it gets.
+    pub vm_id: String,
+    /// What it is restored from; none: a template.
+    pub from: Option<Arc<Frozen>>,
+    /// The suspended VM whose life it goes on with.
+    pub resumes: Option<String>,
+}
+
 /// Why there is no VM for a command.
 #[derive(Debug)]
 pub(crate) enum NoVm {
@@ -55,11 +66,17 @@ impl Core {
         if let Some(live) = session.live(&self.reaper) {
             return Ok((live, false));
         }
-        let from = match session.suspended() {
-            Some(vm_id) => Some(self.watch.wake(&vm_id).await?),
+        let begun = Begin {
+            vm_id: mint_vm_id(),
+            resumes: session.suspended(),
+            from: None,
+        };
+        let from = match &begun.resumes {
+            Some(vm_id) => Some(self.watch.wake(vm_id).await?),
             None => None,
         };
-        self.begin(session, limits, kills, mint_vm_id(), from).await
+        self.begin(session, limits, kills, Begin { from, ..begun })
+            .await
     }
 
     /// Starts a VM for a session that has none. The caller has the session's turn.
@@ -68,16 +85,17 @@ impl Core {
         session: &Arc<Session>,
         limits: PlanLimits,
         kills: u64,
-        vm_id: String,
-        from: Option<Arc<Frozen>>,
+        begin: Begin,
     ) -> Result<(Arc<Live>, bool), NoVm> {
+        let Begin {
+            vm_id,
+            from,
+            resumes,
+        } = begin;
         let permits = self.limits.admit(&session.tenant, limits).await;
         let permits = permits.inspect_err(|_| self.metrics.degraded(Degradation::Refused))?;
         let starting = session.starting(vm_id.clone());
-        let (restarted, resumes) = match starting.before() {
-            Some((old, End::Suspended)) if from.is_some() => (false, Some(old)),
-            before => (before.is_some(), None),
-        };
+        let restarted = starting.is_restart() && resumes.is_none();
         let spec = session.spec();
         let leased = match &from {
             Some(frozen) => self.thaw(&spec, &vm_id, frozen).await,
@@ -197,7 +215,10 @@ async fn keep(core: Arc<Core>, session: Arc<Session>, live: Arc<Live>) {
         core.metrics.degraded(Degradation::VmDied);
         tracing::warn!(vm = live.vm_id, reason, "a session's VM died");
     }
-    session.end_vm(&live, how.clone(), &core.reaper);
+    let first = session.end_vm(&live, how.clone(), &core.reaper);
+    if how == End::Suspended && !first {
+        session.park(&live.vm_id);
+    }
     session.touch();
     core.metrics.vms.dec();
     // Whoever ended it first is right about why.

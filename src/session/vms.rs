@@ -10,22 +10,13 @@ use futures_util::future::BoxFuture;
 
 use super::live::End;
 use super::session::{Killed, Session};
-use super::start::NoVm;
+use super::start::{Begin, NoVm};
 use super::types::{PlanLimits, SessionError, SessionId, SessionSpec, SessionView, TenantId};
-use super::vm::{Frozen, Vm, VmFigures};
+use super::vm::{Vm, VmFigures};
 use super::{Sessions, start};
 
 /// Most bytes of the variables that are staged in one VM, names and values.
 const MOST_STAGED: usize = 64 << 10;
-
-/// A VM that was asked for, and where.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Begun {
-    /// Its session.
-    pub session: SessionId,
-    /// Its id.
-    pub vm_id: String,
-}
 
 /// What a session has used.
 #[derive(Clone, Debug)]
@@ -76,8 +67,7 @@ impl Sessions {
         tenant: &TenantId,
         limits: PlanLimits,
         id: &SessionId,
-        vm_id: String,
-        from: Option<Arc<Frozen>>,
+        begin: Begin,
     ) -> Result<(), SessionError> {
         if self.core.is_draining() {
             return Err(SessionError::ShuttingDown);
@@ -91,7 +81,13 @@ impl Sessions {
         if let Some(live) = session.live(&self.core.reaper) {
             return Err(SessionError::HasVm(live.vm_id.clone()));
         }
-        let begun = self.core.begin(&session, limits, kills, vm_id, from);
+        // It may have been ended, or resumed by somebody else, while this waited.
+        if let Some(old) = &begin.resumes
+            && !self.core.watch.is_suspended(old)
+        {
+            return Err(SessionError::NoVm(id.clone()));
+        }
+        let begun = self.core.begin(&session, limits, kills, begin);
         match begun.await {
             Ok(_) => Ok(()),
             Err(NoVm::Killed) => Err(SessionError::EndedEarly),
@@ -169,7 +165,9 @@ impl Sessions {
         })?;
         let live = session.running(vm_id).ok_or_else(no_vm)?;
         save(live.vm.clone()).await?;
-        session.end_vm(&live, End::Suspended, &self.core.reaper);
+        if !session.end_vm(&live, End::Suspended, &self.core.reaper) {
+            session.park(vm_id);
+        }
         Ok(())
     }
 

@@ -423,33 +423,30 @@ impl VmWatch for Ledger {
             let Some(record) = self.books().get(vm_id).cloned() else {
                 return Parting::End;
             };
+            if record.options.auto_suspend {
+                let parked = self.freeze(&record, Kind::Suspended, None, vm.clone());
+                match parked.await {
+                    Ok(parked) => {
+                        // Before the VM ends: a command that comes then must find this.
+                        let suspended = self.change(vm_id, |record| {
+                            record.parked_in = Some(parked.id);
+                            record.close(Status::Suspended, None, now_ms());
+                        });
+                        self.tell(&suspended.unwrap_or(record), "vm.suspended", true);
+                        return Parting::Suspend;
+                    }
+                    Err(error) => {
+                        tracing::warn!(vm = vm_id, "a VM is not suspended but ended: {error}");
+                    }
+                }
+            }
             if record.options.snapshot_on_terminate {
                 let name = record.options.snapshot_name.clone();
                 if let Err(error) = self.freeze(&record, Kind::User, name, vm.clone()).await {
                     tracing::warn!(vm = vm_id, "no snapshot at the end of a lifetime: {error}");
                 }
             }
-            if !record.options.auto_suspend {
-                return Parting::End;
-            }
-            match self
-                .freeze(&record, Kind::Suspended, None, vm.clone())
-                .await
-            {
-                Ok(parked) => {
-                    // Before the VM ends: a command that comes then must find this.
-                    let suspended = self.change(vm_id, |record| {
-                        record.parked_in = Some(parked.id);
-                        record.close(Status::Suspended, None, now_ms());
-                    });
-                    self.tell(&suspended.unwrap_or(record), "vm.suspended", true);
-                    Parting::Suspend
-                }
-                Err(error) => {
-                    tracing::warn!(vm = vm_id, "a VM is not suspended but ended: {error}");
-                    Parting::End
-                }
-            }
+            Parting::End
         })
     }
 

@@ -1,7 +1,7 @@
 //! What is done to a VM that is there: snapshots, suspending, resuming, its end.
 
 use super::{Status, VmError, VmRecord, Vms};
-use crate::session::{PlanLimits, SessionError, Sessions, TenantId};
+use crate::session::{Begin, PlanLimits, SessionError, Sessions, TenantId};
 use crate::snapshots::{Kind, SnapshotError};
 use crate::store::now_ms;
 
@@ -131,9 +131,13 @@ impl Vms {
         let parked = record.parked_in.clone().unwrap_or_default();
         let (frozen, _) = self.snapshots().frozen(tenant, &parked).await?;
         let new_id = Sessions::mint_vm_id();
-        let from = Some(frozen);
+        let begin = Begin {
+            vm_id: new_id.clone(),
+            from: Some(frozen),
+            resumes: Some(record.vm_id.clone()),
+        };
         self.ledger.promise(&new_id, Some(&record.vm_id));
-        self.start(tenant, limits, session, new_id.clone(), from, false, wait)
+        self.start(tenant, limits, session, begin, false, wait)
             .await?;
         if wait {
             return self.get(tenant, &new_id);

@@ -1,11 +1,7 @@
 //! Making VMs: fresh ones, ones restored from snapshots, copies of others.
 
-use std::sync::Arc;
-
 use super::{Cloned, NewVm, Options, Status, VmError, VmRecord, Vms};
-use crate::session::{
-    Frozen, PlanLimits, SessionError, SessionId, SessionSpec, Sessions, TenantId,
-};
+use crate::session::{Begin, PlanLimits, SessionError, SessionId, SessionSpec, Sessions, TenantId};
 use crate::snapshots::{Kind, Manifest};
 use crate::store::now_ms;
 
@@ -72,36 +68,32 @@ impl Vms {
             self.failed(tenant, &session, &vm_id, made_session, &error.to_string());
             return Err(error.into());
         }
-        self.start(
-            tenant,
-            limits,
-            session,
-            vm_id.clone(),
+        let begin = Begin {
+            vm_id: vm_id.clone(),
             from,
-            made_session,
-            wait,
-        )
-        .await?;
+            resumes: None,
+        };
+        self.start(tenant, limits, session, begin, made_session, wait)
+            .await?;
         self.get(tenant, &vm_id)
     }
 
     /// Starts a VM in a task of its own, so that it comes to be, or not, whether or not anybody waits.
-    #[allow(clippy::too_many_arguments)]
     pub(super) async fn start(
         &self,
         tenant: &TenantId,
         limits: PlanLimits,
         session: SessionId,
-        vm_id: String,
-        from: Option<Arc<Frozen>>,
+        begin: Begin,
         made_session: bool,
         wait: bool,
     ) -> Result<(), VmError> {
         let (this, tenant) = (self.clone(), tenant.clone());
+        let vm_id = begin.vm_id.clone();
         let starting = tokio::spawn(async move {
             let started = this
                 .sessions
-                .start_vm(&tenant, limits, &session, vm_id.clone(), from)
+                .start_vm(&tenant, limits, &session, begin)
                 .await;
             if let Err(error) = &started {
                 this.ledger.promise(&vm_id, None);
@@ -227,16 +219,13 @@ impl Vms {
         };
         self.ledger.put(record.clone());
         self.note("vm.created", &record);
-        self.start(
-            tenant,
-            limits,
-            session,
-            vm_id.clone(),
-            Some(frozen),
-            true,
-            wait,
-        )
-        .await?;
+        let begin = Begin {
+            vm_id: vm_id.clone(),
+            from: Some(frozen),
+            resumes: None,
+        };
+        self.start(tenant, limits, session, begin, true, wait)
+            .await?;
         self.get(tenant, &vm_id)
     }
 }

@@ -214,3 +214,61 @@ async fn two_who_resume_at_once_get_one_vm() {
     assert_eq!([a.is_ok(), b.is_ok()].iter().filter(|ok| **ok).count(), 1);
     assert_eq!(world.vms.list(&tenant(), true).len(), 1);
 }
+
+#[tokio::test]
+async fn a_vm_that_is_deleted_while_it_is_resumed_does_not_come_back() {
+    let (dir, store) = scratch();
+    let world = World::over(dir.path(), store).await;
+    let vm = world.make().await;
+    world.vms.suspend(&tenant(), &vm.vm_id).await.unwrap();
+    *world.source.restore_takes.lock().unwrap() = Duration::from_millis(200);
+    let going = world.vms.resume(&tenant(), PLAN, &vm.vm_id, false).await;
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    let ended = world.vms.delete(&tenant(), &vm.vm_id).await.unwrap();
+    assert_eq!(ended.status, Status::Terminated);
+    tokio::time::sleep(Duration::from_millis(400)).await;
+    assert!(world.vms.list(&tenant(), true).is_empty());
+    assert_eq!((world.source.started(), world.source.ended()), (2, 2));
+    assert!(going.unwrap().status == Status::Creating);
+}
+
+#[tokio::test]
+async fn a_vm_that_dies_right_after_it_was_frozen_can_be_resumed() {
+    let (dir, store) = scratch();
+    let world = World::over(dir.path(), store).await;
+    let vm = world.make().await;
+    let session = vm.session().unwrap();
+    let guest = world.source.vm(0);
+    let (ledger, record) = (world.vms.ledger.clone(), vm.clone());
+    let save = move |vm| -> futures_util::future::BoxFuture<'static, Result<(), SessionError>> {
+        Box::pin(async move {
+            let kind = crate::snapshots::Kind::Suspended;
+            let parked = ledger.freeze(&record, kind, None, vm).await.unwrap();
+            ledger.change(&record.vm_id, |record| {
+                record.parked_in = Some(parked.id);
+                record.close(Status::Suspended, None, 1);
+            });
+            guest.die("kernel panic");
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            Ok(())
+        })
+    };
+    let (owner, wait) = (tenant(), Duration::from_secs(1));
+    let suspended = world
+        .vms
+        .sessions()
+        .suspend(&owner, &session, &vm.vm_id, wait, save);
+    suspended.await.unwrap();
+    let back = world
+        .vms
+        .resume(&tenant(), PLAN, &vm.vm_id, true)
+        .await
+        .unwrap();
+    assert_eq!(back.aliases, std::slice::from_ref(&vm.vm_id));
+    let after = world
+        .vms
+        .sessions()
+        .say_as(&tenant(), &session, "say x")
+        .await;
+    assert!(!after.unwrap().vm_restarted);
+}
