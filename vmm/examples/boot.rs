@@ -60,7 +60,7 @@ fn main() -> anyhow::Result<()> {
         let state = std::fs::read(format!("{directory}/state"))?;
         pv::restore(
             &state,
-            File::open(format!("{directory}/memory"))?.into(),
+            &thaw_vmm::snapshot::FrozenMemory::whole(File::open(format!("{directory}/memory"))?),
             Tuning::default(),
         )?
     } else {

@@ -21,8 +21,8 @@ pub enum Order {
     /// Boot a VM. Descriptors: kernel (ELF `vmlinux`), initramfs. Answered by
     /// [`Report::Running`], then, once the agent is up, [`Report::Agent`] with `Ready`.
     Boot(Boot),
-    /// Restore a VM. Descriptors: state, memory (sealed memfd or file), and, when
-    /// `working_set` says so, the working set. Answered as `Boot`.
+    /// Restore a VM. Descriptors: state, memory (sealed memfd or file), the page map and its files when `overlays`
+    /// says so, and, when `working_set` says so, the working set. Answered as `Boot`.
     Restore(Restore),
     /// Relay to the agent; its answer comes back as [`Report::Agent`].
     Agent {
@@ -32,6 +32,10 @@ pub enum Order {
     /// Freeze the VM into files; it goes on running afterwards. Descriptors: state, memory
     /// (both empty, writable). Answered by [`Report::Saved`].
     Save,
+    /// As `Save`, but only what the VM alone has: pages that it wrote since it was restored. Descriptors: state,
+    /// pages (one after the other), list of their numbers (little-endian `u64`), all empty and writable. Answered by
+    /// [`Report::Saved`].
+    Freeze,
     /// Name the pages that the VM wrote since it was restored. Descriptor: an empty writable file
     /// for the list (little-endian `u64` page numbers). Answered by [`Report::Touched`].
     Touched,
@@ -68,8 +72,12 @@ pub struct Tuning {
 pub struct Restore {
     /// The generation this VM gets; larger than any used before on this host.
     pub generation: u64,
-    /// Whether a third descriptor holds a working set to prefault.
+    /// The last descriptor holds a working set to prefault.
     pub working_set: bool,
+    /// After the memory comes the map of pages that lie in other files ([`crate::snapshot::PageMap`]), then so many
+    /// files; none: the memory is all there is.
+    #[serde(default)]
+    pub overlays: Option<u32>,
     /// Options of the machine; must equal those of the boot.
     #[serde(default)]
     pub tuning: Tuning,

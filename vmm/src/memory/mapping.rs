@@ -106,7 +106,7 @@ impl GuestMemory {
         self.base.as_ptr() as u64
     }
 
-    fn pointer(&self, address: u64, length: u64) -> Result<*mut u8, MemoryError> {
+    pub(super) fn pointer(&self, address: u64, length: u64) -> Result<*mut u8, MemoryError> {
         let end = address.checked_add(length);
         if end.is_none_or(|end| end > self.size) {
             return Err(MemoryError::OutOfBounds {

@@ -9,6 +9,7 @@
 //! these functions touch anything outside the mapping.
 
 mod mapping;
+mod overlay;
 mod pagemap;
 
 use std::ops::Range;

@@ -4,16 +4,19 @@
 //! |---|---|
 //! | `state` | [`State`]: the machine's registers and devices, and where the wire is |
 //! | `memory` | guest memory, byte for byte at its guest-physical address, sparse |
+//! | `map` | [`PageMap`]: which pages lie in which files over a base |
 //! | `working_set` | pages that a first command writes ([`working_set`]) |
 //!
 //! A worker gets them as open descriptors and knows no names; the directory that they make up,
 //! its manifest and the digests are the business of whoever keeps snapshots.
 
 mod memory;
+mod page_map;
 mod state;
 pub mod working_set;
 
-pub use memory::{SavedMemory, save as save_memory};
+pub use memory::{FrozenMemory, SavedMemory, save as save_memory, save_private};
+pub use page_map::{Extent, MAX_FILES, PageMap, ZERO};
 pub use state::State;
 
 /// Why a snapshot cannot be made or used.

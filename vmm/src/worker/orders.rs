@@ -14,7 +14,7 @@ use crate::jail;
 use crate::machine::{self, Machine, MachineKind, pv};
 use crate::memory::keep_pagemap_open;
 use crate::protocol::{Boot, Order, Report, Restore, Stats};
-use crate::snapshot::{self, State, working_set};
+use crate::snapshot::{self, FrozenMemory, PageMap, State, working_set};
 use crate::wire::Wire;
 
 /// How long an order to save may wait for a guest that is at a bad point.
@@ -72,7 +72,8 @@ impl Worker {
             Order::Boot(boot) => self.boot(&boot),
             Order::Restore(restore) => self.restore(&restore),
             Order::Agent { message } => self.vm().and_then(|vm| Ok(vm.order(&message)?)),
-            Order::Save => self.save(),
+            Order::Save => self.save(false),
+            Order::Freeze => self.save(true),
             Order::Touched => self.touched(),
             Order::Stats => self.stats(),
         };
@@ -126,7 +127,7 @@ impl Worker {
         anyhow::ensure!(self.vm.is_none(), "this worker has a VM already");
         let mut phases = Phases::new(self.started);
         let state = State::read(&File::from(self.fd("state")?))?;
-        let memory = self.fd("memory")?;
+        let memory = self.frozen_memory(restore)?;
         let pages = if restore.working_set {
             working_set::read(&File::from(self.fd("working set")?))?
         } else {
@@ -138,7 +139,7 @@ impl Worker {
             "this thaw has no {:?} machine",
             state.machine
         );
-        let machine = pv::restore(&state.blob, memory, restore.tuning)?;
+        let machine = pv::restore(&state.blob, &memory, restore.tuning)?;
         anyhow::ensure!(
             machine.memory().size() == state.memory_bytes,
             "the state is of a VM with {} bytes of memory, not {}",
@@ -157,6 +158,18 @@ impl Worker {
         // The agent looks at the generation when it is rung for.
         self.vm()?.interrupt();
         Ok(())
+    }
+
+    fn frozen_memory(&mut self, restore: &Restore) -> anyhow::Result<FrozenMemory> {
+        let base = File::from(self.fd("memory")?);
+        let Some(count) = restore.overlays else {
+            return Ok(FrozenMemory::whole(base));
+        };
+        let map = PageMap::read(&File::from(self.fd("page map")?))?;
+        let files = (0..count)
+            .map(|_| Ok(File::from(self.fd("pages")?)))
+            .collect::<anyhow::Result<Vec<_>>>()?;
+        Ok(FrozenMemory::layered(base, map, files))
     }
 
     fn start(
@@ -178,9 +191,13 @@ impl Worker {
             .map_err(|_| anyhow::anyhow!("the report is too long"))
     }
 
-    fn save(&mut self) -> anyhow::Result<()> {
+    fn save(&mut self, only_private: bool) -> anyhow::Result<()> {
         let state = File::from(self.fd("state")?);
         let memory = File::from(self.fd("memory")?);
+        let list = match only_private {
+            true => Some(File::from(self.fd("list")?)),
+            false => None,
+        };
         let vm = self.vm()?;
         anyhow::ensure!(vm.saving.is_none(), "the VM is being saved already");
         anyhow::ensure!(
@@ -190,6 +207,7 @@ impl Worker {
         vm.saving = Some(Saving {
             state,
             memory,
+            list,
             until: Instant::now() + SAVE_PATIENCE,
         });
         Ok(())
@@ -262,7 +280,11 @@ fn save(vm: &mut Vm, saving: &Saving) -> anyhow::Result<Report> {
         blob: vm.machine.save()?,
     };
     let state_bytes = state.write(&saving.state)?;
-    let memory = snapshot::save_memory(vm.machine.memory(), &saving.memory)?;
+    let memory = vm.machine.memory();
+    let memory = match &saving.list {
+        Some(list) => snapshot::save_private(memory, &saving.memory, list)?,
+        None => snapshot::save_memory(memory, &saving.memory)?,
+    };
     Ok(Report::Saved {
         state_bytes,
         memory_bytes: memory.bytes,

@@ -18,8 +18,9 @@ const MAX_OUTGOING: usize = 256 * 1024;
 /// Bytes read at once. Small, because most messages are and the buffer is this worker's own memory.
 const READ: usize = 16 * 1024;
 
-/// Descriptors that may come with one order. `Restore` has the most: 3.
-const MAX_FDS: usize = 4;
+/// Descriptors that may come with one order. `Restore` has the most: state, memory, map, working set, and the files
+/// that its memory lies in. The kernel's own limit is 253.
+const MAX_FDS: usize = crate::snapshot::MAX_FILES + 4;
 
 /// Why there is nothing more to say to `serve`.
 #[derive(Debug, thiserror::Error)]

@@ -29,6 +29,8 @@ const SAVE_RETRY: Duration = Duration::from_millis(1);
 pub(super) struct Saving {
     pub(super) state: File,
     pub(super) memory: File,
+    /// Where the numbers of pages go, if only those that the VM wrote are wanted.
+    pub(super) list: Option<File>,
     pub(super) until: Instant,
 }
 

@@ -1,7 +1,6 @@
 //! Making a machine: from a kernel, or from a saved state.
 
 use std::fs::File;
-use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use anyhow::Context;
@@ -18,6 +17,7 @@ use crate::kvm::{Host, Vcpu, Vm};
 use crate::machine::probe::{Probe, SyscallPath};
 use crate::memory::GuestMemory;
 use crate::protocol::Tuning;
+use crate::snapshot::FrozenMemory;
 
 /// Kernel command line that this machine wants; more may be appended.
 ///
@@ -144,11 +144,11 @@ pub fn boot(config: &BootConfig<'_>) -> anyhow::Result<PvMachine> {
 ///
 /// # Errors
 /// A blob that is damaged or of another version, a host that lacks what the VM was saved with (the message says what), or a refusal of KVM.
-pub fn restore(state: &[u8], memory: OwnedFd, tuning: Tuning) -> anyhow::Result<PvMachine> {
+pub fn restore(state: &[u8], memory: &FrozenMemory, tuning: Tuning) -> anyhow::Result<PvMachine> {
     let host = Host::open()?;
     // The frequency is only known with a vCPU: it is checked below, everything else before memory is touched.
     let (saved, layout) = state::decode(state, || Facts::here(0))?;
-    let memory = Arc::new(GuestMemory::private_view(memory.as_fd(), layout.size)?);
+    let memory = Arc::new(memory.view(layout.size)?);
     let mut vm = host.create_vm(memory)?;
     let tsc_khz = vm.vcpu.tsc_khz()?;
     saved.facts.check_tsc(tsc_khz)?;
