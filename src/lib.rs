@@ -7,6 +7,7 @@
 //! * [`task`]: the durable queue of asynchronous commands;
 //! * [`store`]: what outlives the server, in SQLite;
 //! * [`worker`]: `serve`'s end of a worker's socket;
+//! * [`layers`]: the memory of frozen VMs, what they share and what they have of their own;
 //! * [`image`] and [`template`]: what VMs are made of;
 //! * [`backend`]: what the front end sees of the sessions;
 //! * [`bench`]: what `thaw bench` measures.
@@ -19,6 +20,7 @@ pub mod cli;
 pub mod config;
 pub mod http;
 pub mod image;
+pub mod layers;
 pub mod session;
 pub mod snapshots;
 pub mod store;

@@ -217,6 +217,7 @@ async fn prove(inner: &Inner, out: &Path, bytes: u64) -> anyhow::Result<u64> {
     let restore = Restore {
         generation,
         working_set: false,
+        overlays: None,
         tuning: Tuning::default(),
     };
     let state = open(&out.join(manifest::STATE))?;

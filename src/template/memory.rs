@@ -63,25 +63,7 @@ pub fn seal(file: &File, bytes: u64) -> anyhow::Result<File> {
         )
         .context("cannot make a memfd")?,
     );
-    sealed.set_len(bytes).context("cannot size a memfd")?;
-    // Neighbouring pages go in one write: a call for each would take most of the time.
-    let mut run = Vec::with_capacity(CHUNK);
-    let mut at = 0;
-    for_each_page(file, |number, page| {
-        let offset = number * PAGE as u64;
-        if run.len() >= CHUNK || offset != at + run.len() as u64 {
-            sealed
-                .write_all_at(&run, at)
-                .context("cannot fill a memfd")?;
-            run.clear();
-            at = offset;
-        }
-        run.extend_from_slice(page);
-        Ok(())
-    })?;
-    sealed
-        .write_all_at(&run, at)
-        .context("cannot fill a memfd")?;
+    copy(file, &sealed)?;
     fcntl(
         sealed.as_fd(),
         FcntlArg::F_ADD_SEALS(
@@ -93,6 +75,37 @@ pub fn seal(file: &File, bytes: u64) -> anyhow::Result<File> {
     )
     .context("cannot seal a memfd")?;
     Ok(sealed)
+}
+
+/// Copies a memory file into an empty one; holes stay holes.
+///
+/// # Errors
+/// One cannot be read, or the other not be written.
+pub fn copy(file: &File, to: &File) -> anyhow::Result<()> {
+    let bytes = file
+        .metadata()
+        .context("cannot look at a memory file")?
+        .len();
+    to.set_len(bytes)
+        .context("cannot size a copy of a memory file")?;
+    // Neighbouring pages go in one write: a call for each would take most of the time.
+    let mut run = Vec::with_capacity(CHUNK);
+    let mut at = 0;
+    let write = |run: &[u8], at| {
+        to.write_all_at(run, at)
+            .context("cannot fill a copy of a memory file")
+    };
+    for_each_page(file, |number, page| {
+        let offset = number * PAGE as u64;
+        if run.len() >= CHUNK || offset != at + run.len() as u64 {
+            write(&run, at)?;
+            run.clear();
+            at = offset;
+        }
+        run.extend_from_slice(page);
+        Ok(())
+    })?;
+    write(&run, at)
 }
 
 /// Calls `visit` with every page that is not all zeroes: its number and its bytes, in order.

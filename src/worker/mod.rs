@@ -196,6 +196,7 @@ impl Worker {
         let restore = Restore {
             generation,
             working_set: working_set.is_some(),
+            overlays: None,
             tuning,
         };
         let mut fds = copies(&[state.as_fd(), memory.as_fd()])?;
