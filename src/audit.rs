@@ -24,6 +24,7 @@ const PRUNE_EVERY: u64 = 1200;
 pub const CATALOG: &[(&str, &str)] = &[
     ("session.created", "a session was made"),
     ("vm.created", "a VM was asked for by itself"),
+    ("vm.forked", "live copies were made of a VM"),
     ("vm.started", "a VM began to run"),
     ("vm.updated", "a VM's settings were changed"),
     (

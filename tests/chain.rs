@@ -139,6 +139,7 @@ async fn thaw(
             tuning,
             &frozen.state,
             &frozen.memory,
+            None,
             working_set,
         )
         .await

@@ -47,6 +47,7 @@ pub fn measure(data_dir: &Path, image: &str, runs: usize) -> anyhow::Result<Vec<
                     Tuning::default(),
                     &template.state,
                     &template.memory,
+                    None,
                     Some(&template.working_set),
                 )
                 .await?;

@@ -19,6 +19,7 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use anyhow::Context;
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -75,6 +76,8 @@ pub struct Frost {
     pub numbers: Vec<u64>,
     /// What the VM was restored from.
     pub origin: Arc<Layers>,
+    /// How long it stood still.
+    pub pause: Duration,
 }
 
 impl Layers {
@@ -264,6 +267,7 @@ pub(crate) mod tests {
             pages: Arc::new(pages),
             numbers: wrote.iter().map(|(page, _)| *page).collect(),
             origin: origin.clone(),
+            pause: Duration::ZERO,
         }
     }
 

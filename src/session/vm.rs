@@ -12,6 +12,8 @@ use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use thaw_wire::message::{Execute, Exit, Process, Renew, Signal};
 
+use crate::layers::{Frost, Layers};
+
 /// The shape of a VM: which template it is restored from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Shape {
@@ -27,7 +29,7 @@ impl std::fmt::Display for Shape {
     }
 }
 
-/// A VM frozen in files, which others can be restored from.
+/// A frozen VM, which others can be restored from.
 #[derive(Debug)]
 pub struct Frozen {
     /// The snapshot's id.
@@ -35,9 +37,9 @@ pub struct Frozen {
     /// What a VM restored from it is like.
     pub shape: Shape,
     /// Everything but memory.
-    pub state: File,
+    pub state: Arc<File>,
     /// Guest memory; nobody writes to it any more.
-    pub memory: File,
+    pub memory: Arc<Layers>,
 }
 
 /// Figures about a running VM.
@@ -92,11 +94,11 @@ pub trait Vm: Debug + Send + Sync + 'static {
     /// The VM does not take commands any more.
     fn execute(&self, command: Execute) -> BoxFuture<'_, anyhow::Result<Box<dyn Run>>>;
 
-    /// Freezes the VM into two empty files; it goes on running.
+    /// Freezes the VM as what it has written since it was restored; it goes on running.
     ///
     /// # Errors
-    /// It could not be brought to a good moment, or the files could not be written.
-    fn save(&self, state: File, memory: File) -> BoxFuture<'_, anyhow::Result<()>>;
+    /// It could not be brought to a good moment, or the host has no memory for it.
+    fn freeze(&self) -> BoxFuture<'_, anyhow::Result<Frost>>;
 
     /// Figures about the VM.
     ///

@@ -1,6 +1,6 @@
 //! Real VMs: workers restored from templates.
 
-use std::fs::File;
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -10,8 +10,9 @@ use thaw_vmm::protocol::{Death, Tuning};
 use thaw_wire::message::{Execute, Process, Renew, Signal};
 
 use super::vm::{Channel, Frozen, Input, Run, RunEvent, Shape, Vm, VmFigures, VmSource};
+use crate::layers::{self, Frost, Layers};
 use crate::template::Templates;
-use crate::worker::{Event, Feeder, Launcher, Running, Started, Worker};
+use crate::worker::{Event, Feeder, Launcher, Over, Running, Started, Worker};
 
 /// Starts a worker process for each VM and restores a template in it.
 #[derive(Debug)]
@@ -51,10 +52,12 @@ impl VmSource for Workers {
                     self.tuning,
                     &template.state,
                     &template.memory,
+                    None,
                     Some(&template.working_set),
                 )
                 .await?;
-            ready(worker, &started, generation)
+            let origin = Arc::new(Layers::whole(template.base())?);
+            ready(worker, &started, generation, origin)
         })
     }
 
@@ -65,23 +68,46 @@ impl VmSource for Workers {
     ) -> BoxFuture<'a, anyhow::Result<Arc<dyn Vm>>> {
         Box::pin(async move {
             let worker = self.launcher.spawn().await?;
-            let working_set = None::<&File>;
+            let shape = frozen.shape;
+            // The template's own memory rather than another copy of it, and what its clones write first.
+            let template = self.templates.loaded(shape.memory_mib, shape.vcpus);
+            let template = template
+                .filter(|template| template.manifest.memory.sha256 == frozen.memory.base.sha256);
+            let memory = match &template {
+                Some(template) => Arc::new(frozen.memory.over(template.base())),
+                None => frozen.memory.clone(),
+            };
+            let map = memory.map_file()?;
+            let over = Over {
+                map: map.as_fd(),
+                files: memory
+                    .files
+                    .iter()
+                    .map(|pages| pages.file.as_fd())
+                    .collect(),
+            };
             let started = worker
                 .restore(
                     generation,
                     self.tuning,
                     &frozen.state,
-                    &frozen.memory,
-                    working_set,
+                    &memory.base.file,
+                    Some(over),
+                    template.as_ref().map(|template| &template.working_set),
                 )
                 .await?;
-            ready(worker, &started, generation)
+            ready(worker, &started, generation, memory)
         })
     }
 }
 
 /// A restored VM, if it is the one that was asked for.
-fn ready(worker: Worker, started: &Started, generation: u64) -> anyhow::Result<Arc<dyn Vm>> {
+fn ready(
+    worker: Worker,
+    started: &Started,
+    generation: u64,
+    origin: Arc<Layers>,
+) -> anyhow::Result<Arc<dyn Vm>> {
     let ready = &started.ready;
     anyhow::ensure!(
         ready.generation == generation && ready.warm,
@@ -92,6 +118,7 @@ fn ready(worker: Worker, started: &Started, generation: u64) -> anyhow::Result<A
     tracing::debug!(pid = worker.pid(), generation, phases = ?started.phases_us, "restored");
     Ok(Arc::new(WorkerVm {
         worker,
+        origin,
         console_logged: Arc::default(),
     }))
 }
@@ -100,6 +127,8 @@ fn ready(worker: Worker, started: &Started, generation: u64) -> anyhow::Result<A
 #[derive(Debug)]
 struct WorkerVm {
     worker: Worker,
+    /// The memory that it was restored from.
+    origin: Arc<Layers>,
     console_logged: Arc<AtomicBool>,
 }
 
@@ -114,11 +143,21 @@ impl Vm for WorkerVm {
         Box::pin(async move { Ok(Box::new(WorkerRun(running?)) as Box<dyn Run>) })
     }
 
-    fn save(&self, state: File, memory: File) -> BoxFuture<'_, anyhow::Result<()>> {
+    fn freeze(&self) -> BoxFuture<'_, anyhow::Result<Frost>> {
         Box::pin(async move {
-            let saved = self.worker.save(state, memory).await?;
+            let state = layers::memory_file("thaw-state")?;
+            let pages = layers::memory_file("thaw-pages")?;
+            let list = layers::memory_file("thaw-list")?;
+            let saved = self.worker.freeze(&state, &pages, &list).await?;
             tracing::debug!(pid = self.worker.pid(), ?saved, "a VM was frozen");
-            Ok(())
+            let numbers = layers::page_numbers(&list, self.origin.map.pages())?;
+            Ok(Frost {
+                state: Arc::new(state),
+                pages: Arc::new(pages),
+                numbers,
+                origin: self.origin.clone(),
+                pause: saved.pause,
+            })
         })
     }
 

@@ -1,27 +1,31 @@
 //! Making a snapshot: room for it, the freeze, digests, and its name last.
 
+use std::collections::HashMap;
 use std::fs::File;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
-use std::path::Path;
+use std::io::Write;
+use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Context;
 use nix::sys::statvfs::statvfs;
 
-use super::manifest::FORMAT;
+use super::manifest::{Chunk, FORMAT, MAP, MemoryLayers};
 use super::{
     Entry, FAILURES_TOLD, Kind, Manifest, SnapshotError, Snapshots, Status, blocking, snapshots_dir,
 };
 use crate::image::manifest::Part;
 use crate::image::scratch::Scratch;
+use crate::layers::{Frost, Kept, PAGE, Shelf};
 use crate::session::{SessionId, TenantId, Vm};
 use crate::store::now_ms;
 use crate::template::cpu::Cpu;
-use crate::template::manifest::{FILE, MEMORY, MemoryPart, STATE};
-use crate::template::memory;
+use crate::template::manifest::{FILE, STATE};
 
 const MIB: u64 = 1 << 20;
+
+/// Largest state of a VM, as workers bound it.
+const MOST_STATE: u64 = 4 << 20;
 
 /// A snapshot that is wanted.
 #[derive(Clone, Debug)]
@@ -40,6 +44,8 @@ pub struct Wish {
     pub memory_mib: u32,
     /// The VM's share of the processor.
     pub vcpus: u32,
+    /// The snapshot that it was restored from.
+    pub parent: Option<String>,
 }
 
 impl Snapshots {
@@ -49,37 +55,16 @@ impl Snapshots {
     /// The tenant has too many or too large ones, or the disk is too full.
     pub fn begin(&self, wish: &Wish) -> Result<String, SnapshotError> {
         let id = uuid::Uuid::new_v4().to_string();
-        let need = u64::from(wish.memory_mib);
         let mut known = self.known();
-        let mut count = 0;
-        let mut bytes = 0;
-        // What others that are being made may still take, besides what the disk shows.
-        let mut promised = 0;
-        for entry in known.values() {
-            if entry.status == Status::Building {
-                promised += u64::from(entry.manifest.memory_mib);
-            }
-            let counts = !matches!(entry.status, Status::Failed(_));
-            if entry.manifest.tenant == wish.tenant.0 && counts {
-                count += 1;
-                bytes += entry.manifest.disk_bytes;
-            }
-        }
+        let mine = known.values().filter(|entry| {
+            entry.manifest.tenant == wish.tenant.0 && !matches!(entry.status, Status::Failed(_))
+        });
+        let count = mine.count();
         if count >= self.config.max_per_tenant {
             let limit = self.config.max_per_tenant;
             return Err(SnapshotError::TooMany { limit });
         }
-        self.check_bytes(bytes)?;
-        let free = free_mib(&self.data_dir).map_err(SnapshotError::NotMade)?;
-        let wanted = need + promised + self.config.disk_floor_mib;
-        if wanted > free {
-            return Err(SnapshotError::NoSpace {
-                short_mib: wanted - free,
-                need_mib: need + promised,
-                free_mib: free,
-                floor_mib: self.config.disk_floor_mib,
-            });
-        }
+        self.check_bytes(used(&known, &wish.tenant.0, None))?;
         let name = if wish.name.is_empty() {
             &id
         } else {
@@ -104,13 +89,13 @@ impl Snapshots {
             wire: 0,
             cpu: Cpu::default(),
             state: Part::default(),
-            memory: MemoryPart::default(),
+            memory: MemoryLayers::default(),
             disk_bytes: 0,
+            parent: wish.parent.clone(),
         };
         let entry = Entry {
             manifest,
             status: Status::Building,
-            proved: Arc::new(AtomicBool::new(false)),
         };
         known.insert(id.clone(), entry);
         Ok(id)
@@ -129,8 +114,6 @@ impl Snapshots {
                 if let Some(entry) = known.get_mut(id) {
                     entry.manifest = manifest.clone();
                     entry.status = Status::Ready;
-                    // Nobody but this server has had its hands on it.
-                    entry.proved.store(true, Ordering::Release);
                 }
             }
             Err(error) => {
@@ -169,71 +152,54 @@ impl Snapshots {
             let entry = entry.ok_or_else(|| SnapshotError::NotFound(id.to_owned()))?;
             entry.manifest.clone()
         };
-        let data_dir = self.data_dir.clone();
-        let prepared = blocking(move || {
+        let frost = vm.freeze().await.map_err(SnapshotError::NotMade)?;
+        self.check_space(&frost)?;
+        let (data_dir, shelf) = (self.data_dir.clone(), self.shelf.clone());
+        let written = blocking(move || {
             let scratch = Scratch::new(&data_dir)?;
-            let out = scratch.path().join("snapshot");
-            std::fs::DirBuilder::new()
-                .mode(0o700)
-                .create(&out)
-                .context("cannot make the snapshot's directory")?;
-            let state = create(&out.join(STATE))?;
-            let memory = create(&out.join(MEMORY))?;
-            Ok((scratch, out, state, memory))
-        });
-        let (scratch, out, state, memory) = prepared.await.map_err(SnapshotError::NotMade)?;
-        vm.save(state, memory)
-            .await
-            .map_err(SnapshotError::NotMade)?;
-        let measured = blocking(move || {
-            let (state, memory) = (out.join(STATE), out.join(MEMORY));
-            let file = File::open(&memory).context("cannot open the memory file")?;
+            let hold = shelf.hold()?;
+            let kept = frost.keep(&shelf)?;
             manifest.made_here()?;
-            manifest.state = Part::of_file(&state)?;
-            manifest.memory = memory::measure(&file)?;
-            let blocks = file.metadata().context("cannot look at the memory file")?;
-            manifest.disk_bytes = blocks.blocks() * 512 + manifest.state.bytes;
-            for path in [&state, &memory] {
-                File::open(path)
-                    .and_then(|file| file.sync_all())
-                    .with_context(|| format!("cannot flush {}", path.display()))?;
-            }
-            manifest.write(&out.join(FILE))?;
-            Ok((scratch, out, manifest))
+            manifest.describe(&frost, &kept, &shelf)?;
+            let out = write(scratch.path(), &frost, &kept, &manifest)?;
+            Ok((scratch, hold, out, manifest))
         });
-        let (scratch, out, manifest) = measured.await.map_err(SnapshotError::NotMade)?;
+        let (scratch, hold, out, manifest) = written.await.map_err(SnapshotError::NotMade)?;
         self.check_size(&manifest)?;
-        let dir = self.dir(id);
-        let parent = snapshots_dir(&self.data_dir);
+        let (dir, parent) = (self.dir(id), snapshots_dir(&self.data_dir));
         let published = blocking(move || {
-            std::fs::DirBuilder::new()
-                .recursive(true)
-                .mode(0o700)
-                .create(&parent)
-                .with_context(|| format!("cannot make {}", parent.display()))?;
-            File::open(&out)
-                .and_then(|dir| dir.sync_all())
-                .context("cannot flush the snapshot's directory")?;
+            // Order: the chunks have their names, then the files are whole, then the directory gets its name. Only
+            // then may a sweep come: it would take the chunks for garbage before.
             std::fs::rename(&out, &dir)
                 .with_context(|| format!("cannot make {}", dir.display()))?;
-            File::open(&parent)
-                .and_then(|dir| dir.sync_all())
-                .with_context(|| format!("cannot flush {}", parent.display()))?;
-            drop(scratch);
+            flush_dir(&parent)?;
+            drop((hold, scratch));
             Ok(())
         });
         published.await.map_err(SnapshotError::NotMade)?;
         Ok(manifest)
     }
 
+    /// Whether there is room on the disk for what a VM wrote.
+    fn check_space(&self, frost: &Frost) -> Result<(), SnapshotError> {
+        let need_mib = (frost.numbers.len() as u64 * PAGE as u64).div_ceil(MIB);
+        let free_mib = free_mib(&self.data_dir).map_err(SnapshotError::NotMade)?;
+        let floor_mib = self.config.disk_floor_mib;
+        let wanted = need_mib.saturating_add(floor_mib);
+        if wanted > free_mib {
+            return Err(SnapshotError::NoSpace {
+                short_mib: wanted - free_mib,
+                need_mib,
+                free_mib,
+                floor_mib,
+            });
+        }
+        Ok(())
+    }
+
     /// Whether the tenant may keep one more of this size, now that it is known.
     fn check_size(&self, made: &Manifest) -> Result<(), SnapshotError> {
-        let known = self.known();
-        let mine = known
-            .values()
-            .filter(|entry| entry.manifest.tenant == made.tenant && entry.status == Status::Ready);
-        let bytes: u64 = mine.map(|entry| entry.manifest.disk_bytes).sum();
-        self.check_bytes(bytes + made.disk_bytes)
+        self.check_bytes(used(&self.known(), &made.tenant, Some(made)))
     }
 
     fn check_bytes(&self, bytes: u64) -> Result<(), SnapshotError> {
@@ -249,14 +215,91 @@ impl Snapshots {
     }
 }
 
-fn create(path: &Path) -> anyhow::Result<File> {
-    File::options()
-        .read(true)
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(path)
-        .with_context(|| format!("cannot make {}", path.display()))
+/// Bytes that the tenant's snapshots take, one more included; what several share counts once.
+fn used(known: &HashMap<String, Entry>, tenant: &str, more: Option<&Manifest>) -> u64 {
+    let ready = known
+        .values()
+        .filter(|entry| entry.manifest.tenant == tenant && entry.status == Status::Ready);
+    let mut chunks = HashMap::new();
+    let mut own = 0;
+    for manifest in ready.map(|entry| &entry.manifest).chain(more) {
+        own += manifest.state.bytes + manifest.memory.map.bytes;
+        let named = manifest.memory.chunks.iter();
+        chunks.extend(named.map(|chunk| (&chunk.sha256, chunk.bytes)));
+    }
+    own + chunks.values().sum::<u64>()
+}
+
+/// Writes a snapshot's files into a directory of their own, all of it on the disk; gives that.
+fn write(
+    scratch: &Path,
+    frost: &Frost,
+    kept: &Kept,
+    manifest: &Manifest,
+) -> anyhow::Result<PathBuf> {
+    let out = scratch.join("snapshot");
+    std::fs::DirBuilder::new()
+        .mode(0o700)
+        .create(&out)
+        .context("cannot make the snapshot's directory")?;
+    let put = |name: &str, bytes: &[u8]| {
+        let path = out.join(name);
+        let file = File::options()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&path);
+        file.and_then(|mut file| file.write_all(bytes).and_then(|()| file.sync_all()))
+            .with_context(|| format!("cannot write {}", path.display()))
+    };
+    put(STATE, &state_bytes(frost)?)?;
+    put(MAP, &kept.layers.map.encode())?;
+    manifest.write(&out.join(FILE))?;
+    flush_dir(&out)?;
+    Ok(out)
+}
+
+/// A frozen VM's state; a worker never writes a larger one than it reads.
+fn state_bytes(frost: &Frost) -> anyhow::Result<Vec<u8>> {
+    let length = frost
+        .state
+        .metadata()
+        .context("cannot look at a state")?
+        .len();
+    anyhow::ensure!(length <= MOST_STATE, "a state has {length} bytes");
+    let mut bytes = vec![0; usize::try_from(length)?];
+    frost
+        .state
+        .read_exact_at(&mut bytes, 0)
+        .context("cannot read a state")?;
+    Ok(bytes)
+}
+
+fn flush_dir(dir: &Path) -> anyhow::Result<()> {
+    File::open(dir)
+        .and_then(|dir| dir.sync_all())
+        .with_context(|| format!("cannot flush {}", dir.display()))
+}
+
+impl Manifest {
+    fn describe(&mut self, frost: &Frost, kept: &Kept, shelf: &Shelf) -> anyhow::Result<()> {
+        let map = kept.layers.map.encode();
+        self.state = Part::of_bytes(&state_bytes(frost)?);
+        let chunks = kept.layers.files.iter().map(|file| {
+            let name = file.digest.clone();
+            let sha256 = name.context("pages that are in no chunk")?;
+            let bytes = shelf.chunk_bytes(&sha256);
+            Ok(Chunk { sha256, bytes })
+        });
+        self.memory = MemoryLayers {
+            bytes: kept.layers.map.pages() * PAGE as u64,
+            base: kept.layers.base.sha256.clone(),
+            chunks: chunks.collect::<anyhow::Result<_>>()?,
+            map: Part::of_bytes(&map),
+        };
+        self.disk_bytes = kept.added + self.state.bytes + map.len() as u64;
+        Ok(())
+    }
 }
 
 /// What this user may still write to the file system, MiB.

@@ -7,12 +7,16 @@ use serde::{Deserialize, Serialize};
 use thaw_vmm::machine::MachineKind;
 
 use crate::image::manifest::Part;
+use crate::layers::Digest;
 use crate::template::cpu::Cpu;
 use crate::template::machine_name;
-use crate::template::manifest::{Facts, MemoryPart, SOURCES, read_json, write_json};
+use crate::template::manifest::{Facts, SOURCES, read_json, write_json};
 
 /// Version of the manifest and of the directory's layout.
-pub const FORMAT: u32 = 1;
+pub const FORMAT: u32 = 2;
+
+/// Name of the page map in a snapshot's directory.
+pub const MAP: &str = "map";
 
 /// What a snapshot is there for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -66,9 +70,34 @@ pub struct Manifest {
     /// Everything but memory.
     pub state: Part,
     /// Guest memory.
-    pub memory: MemoryPart,
-    /// Bytes that it takes on the disk.
+    pub memory: MemoryLayers,
+    /// Bytes that it added to the disk when it was made.
     pub disk_bytes: u64,
+    /// The snapshot that its VM was restored from, if that was not a template.
+    #[serde(default)]
+    pub parent: Option<String>,
+}
+
+/// Where a snapshot's memory is.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MemoryLayers {
+    /// Length of the memory, bytes.
+    pub bytes: u64,
+    /// Digest of the base that everything is laid over.
+    pub base: String,
+    /// The chunks that the page map names, in its order.
+    pub chunks: Vec<Chunk>,
+    /// The page map.
+    pub map: Part,
+}
+
+/// A chunk that a snapshot needs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Chunk {
+    /// Its name.
+    pub sha256: Digest,
+    /// Its length.
+    pub bytes: u64,
 }
 
 /// What VMs of this server run, which a snapshot must fit.

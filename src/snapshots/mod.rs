@@ -1,8 +1,8 @@
 //! Snapshots of VMs with their memory: made, kept, given to be restored from, removed.
 //!
-//! On disk, below the data directory, `snapshots/<id>/` holds `manifest.json`, `state` and `memory`,
-//! as a template's directory does. It gets its name when everything in it is on the disk, so what
-//! is there is whole. The directories are the truth; what is being made or has failed is known
+//! On disk, below the data directory, `snapshots/<id>/` holds `manifest.json`, `state` and `map`; the pages that the
+//! map names are on the shelf ([`crate::layers`]), which snapshots share. A directory gets its name when everything
+//! that it needs is on the disk, so what is there is whole. The directories are the truth; what is being made or has failed is known
 //! in memory only.
 
 mod make;
@@ -10,23 +10,25 @@ pub mod manifest;
 #[cfg(test)]
 mod tests;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::Context;
+use thaw_vmm::snapshot::PageMap;
 use tokio::sync::Semaphore;
 
 pub use make::Wish;
 pub use manifest::{Ground, Kind, Manifest};
 
+use manifest::MAP;
+
 use crate::config::SnapshotConfig;
 use crate::image::manifest::Part;
+use crate::layers::{Layers, PAGE, Shelf};
 use crate::session::{Frozen, Shape, TenantId};
-use crate::template::manifest::{FILE, MEMORY, STATE};
-use crate::template::memory;
+use crate::template::manifest::{FILE, STATE, read_json};
 
 /// Snapshots that failed are told of until this many more have.
 const FAILURES_TOLD: usize = 100;
@@ -122,14 +124,13 @@ pub struct View {
 struct Entry {
     manifest: Manifest,
     status: Status,
-    /// Its memory has been read and found as it was written.
-    proved: Arc<AtomicBool>,
 }
 
 /// All snapshots. Cheap to share by an [`Arc`].
 #[derive(Debug)]
 pub struct Snapshots {
     data_dir: PathBuf,
+    shelf: Arc<Shelf>,
     ground: Ground,
     config: SnapshotConfig,
     known: Mutex<HashMap<String, Entry>>,
@@ -149,6 +150,7 @@ impl Snapshots {
     /// The directory cannot be read.
     pub fn open(data_dir: &Path, ground: Ground, config: SnapshotConfig) -> anyhow::Result<Self> {
         let dir = snapshots_dir(data_dir);
+        let shelf = Arc::new(Shelf::open(&dir)?);
         let mut known = HashMap::new();
         let entries = match std::fs::read_dir(&dir) {
             Ok(entries) => Some(entries),
@@ -161,12 +163,19 @@ impl Snapshots {
             let path = entry
                 .with_context(|| format!("cannot read {}", dir.display()))?
                 .path();
+            if !is_snapshot(&path) {
+                continue;
+            }
+            if !path.join(FILE).exists() {
+                // What is here got its name with its manifest in it, and loses that first when it is deleted.
+                remove(&path)?;
+                continue;
+            }
             match Manifest::read(&path.join(FILE)) {
                 Ok(manifest) if path.file_name().is_some_and(|name| *name == *manifest.id) => {
                     let entry = Entry {
                         manifest,
                         status: Status::Ready,
-                        proved: Arc::default(),
                     };
                     known.insert(entry.manifest.id.clone(), entry);
                 }
@@ -180,13 +189,33 @@ impl Snapshots {
                 }
             }
         }
-        Ok(Self {
+        let snapshots = Self {
             data_dir: data_dir.to_path_buf(),
+            shelf,
             ground,
             hands: Semaphore::new(config.concurrency.max(1)),
             config,
             known: Mutex::new(known),
-        })
+        };
+        snapshots.sweep()?;
+        Ok(snapshots)
+    }
+
+    /// Removes chunks and bases that no snapshot on the disk names. Blocks.
+    ///
+    /// # Errors
+    /// The directories cannot be read, or a manifest in them; nothing is removed then.
+    pub fn sweep(&self) -> anyhow::Result<()> {
+        let dir = snapshots_dir(&self.data_dir);
+        match self.shelf.sweep(false, || named(&dir))? {
+            Some(swept) if swept.files > 0 => tracing::info!(
+                files = swept.files,
+                bytes = swept.bytes,
+                "what no snapshot needs is removed"
+            ),
+            _ => {}
+        }
+        Ok(())
     }
 
     /// The tenant's own snapshots, newest first.
@@ -245,12 +274,16 @@ impl Snapshots {
                 .ok_or_else(|| SnapshotError::NotFound(id.to_owned()))?
                 .manifest
         };
-        let dir = self.dir(id);
-        let removed = blocking(move || match std::fs::remove_dir_all(&dir) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                Err(error).with_context(|| format!("cannot remove {}", dir.display()))
-            }
-            _ => Ok(()),
+        let (dir, snapshots, shelf) = (
+            self.dir(id),
+            snapshots_dir(&self.data_dir),
+            self.shelf.clone(),
+        );
+        let removed = blocking(move || {
+            remove(&dir)?;
+            // Busy: whoever comes next removes it.
+            shelf.sweep(false, || named(&snapshots))?;
+            Ok(())
         });
         removed.await.map_err(SnapshotError::NotMade)?;
         Ok(manifest)
@@ -266,7 +299,7 @@ impl Snapshots {
         tenant: &TenantId,
         id: &str,
     ) -> Result<(Arc<Frozen>, Manifest), SnapshotError> {
-        let (manifest, proved) = {
+        let manifest = {
             let known = self.known();
             let found = known
                 .get(id)
@@ -280,41 +313,27 @@ impl Snapshots {
                     return Err(SnapshotError::Failed { id, why });
                 }
             }
-            (entry.manifest.clone(), entry.proved.clone())
+            entry.manifest.clone()
         };
         let unfit = |error: anyhow::Error| SnapshotError::Unfit {
             id: id.to_owned(),
             why: format!("{error:#}"),
         };
-        let permit = match proved.load(Ordering::Acquire) {
-            true => None,
-            false => Some(self.hands.acquire().await.map_err(|e| unfit(e.into()))?),
-        };
         let (dir, ground, checked) = (self.dir(id), self.ground.clone(), manifest.clone());
+        let shelf = self.shelf.clone();
         let opened = blocking(move || {
             checked.check(&ground)?;
-            let open = |name: &str| {
-                File::open(dir.join(name)).with_context(|| format!("its {name} cannot be opened"))
-            };
-            let files = (open(STATE)?, open(MEMORY)?);
-            if !proved.load(Ordering::Acquire) {
-                let whole = Part::of_file(&dir.join(STATE))? == checked.state
-                    && memory::measure(&files.1)? == checked.memory;
-                anyhow::ensure!(whole, "its files are damaged; delete it and make another");
-                proved.store(true, Ordering::Release);
-            }
-            Ok(files)
+            open(&dir, &checked, &shelf)
         });
         let (state, memory) = opened.await.map_err(unfit)?;
-        drop(permit);
         let frozen = Frozen {
             snapshot: id.to_owned(),
             shape: Shape {
                 memory_mib: manifest.memory_mib,
                 vcpus: manifest.vcpus,
             },
-            state,
-            memory,
+            state: Arc::new(state),
+            memory: Arc::new(memory),
         };
         Ok((Arc::new(frozen), manifest))
     }
@@ -326,6 +345,71 @@ impl Snapshots {
     fn known(&self) -> MutexGuard<'_, HashMap<String, Entry>> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Opens a snapshot's files, each compared with what its manifest says.
+fn open(dir: &Path, manifest: &Manifest, shelf: &Shelf) -> anyhow::Result<(File, Layers)> {
+    let damaged = "its files are damaged; delete it and make another";
+    let open = |name: &str, part: &Part| {
+        let path = dir.join(name);
+        let whole = Part::of_file(&path)? == *part;
+        anyhow::ensure!(whole, "{damaged}: {name}");
+        File::open(&path).with_context(|| format!("its {name} cannot be opened"))
+    };
+    let state = open(STATE, &manifest.state)?;
+    let map = PageMap::read(&open(MAP, &manifest.memory.map)?)?;
+    let chunks = &manifest.memory.chunks;
+    let sound =
+        map.pages() * PAGE as u64 == manifest.memory.bytes && map.files() as usize == chunks.len();
+    anyhow::ensure!(sound, "{damaged}: map");
+    let base = shelf.open_base(&manifest.memory.base).context(damaged)?;
+    let files = chunks.iter().map(|chunk| shelf.open_chunk(&chunk.sha256));
+    let files = files.collect::<anyhow::Result<Vec<_>>>().context(damaged)?;
+    Ok((state, Layers::new(base, files, map)))
+}
+
+/// Removes a snapshot's directory, its manifest first: without one it is nothing.
+fn remove(dir: &Path) -> anyhow::Result<()> {
+    let gone = |done: std::io::Result<()>| match done {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(error).with_context(|| format!("cannot remove {}", dir.display()))
+        }
+        _ => Ok(()),
+    };
+    gone(std::fs::remove_file(dir.join(FILE)))?;
+    gone(std::fs::remove_dir_all(dir))
+}
+
+/// Whether something in the snapshots' directory is named as a snapshot is.
+fn is_snapshot(path: &Path) -> bool {
+    let name = path.file_name().and_then(|name| name.to_str());
+    name.is_some_and(|name| uuid::Uuid::parse_str(name).is_ok())
+}
+
+/// Names of the bases and chunks that the snapshots on the disk need.
+fn named(snapshots: &Path) -> anyhow::Result<HashSet<String>> {
+    let mut names = HashSet::new();
+    let entries = std::fs::read_dir(snapshots)
+        .with_context(|| format!("cannot read {}", snapshots.display()))?;
+    for entry in entries {
+        let path = entry
+            .with_context(|| format!("cannot read {}", snapshots.display()))?
+            .path();
+        let manifest = path.join(FILE);
+        if !is_snapshot(&path) || !manifest.exists() {
+            continue;
+        }
+        let said: serde_json::Value = read_json(&manifest)?;
+        // Those of the first format hold all of their memory themselves.
+        if said["format"] == 1 {
+            continue;
+        }
+        let said = Manifest::read(&manifest)?;
+        names.insert(said.memory.base);
+        let chunks = said.memory.chunks.into_iter();
+        names.extend(chunks.map(|chunk| String::from(chunk.sha256)));
+    }
+    Ok(names)
 }
 
 impl Entry {

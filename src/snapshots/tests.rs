@@ -1,13 +1,16 @@
 //! Snapshots without VMs: what is on the disk, and who may have how much of it.
 
-use std::io::Write;
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
 use thaw_wire::message::{Execute, Process, Renew};
 
 use super::*;
+use crate::layers::tests::frost;
+use crate::layers::{Base, Frost, memory_file};
 use crate::session::{Channel, Run, SessionId, Vm, VmFigures};
 use crate::vms::tests::ground;
 
@@ -27,13 +30,22 @@ impl Vm for Still {
     fn open(&self, _: Process) -> BoxFuture<'_, anyhow::Result<Channel>> {
         Box::pin(async { anyhow::bail!("it only stands still") })
     }
-    fn save(&self, mut state: File, mut memory: File) -> BoxFuture<'_, anyhow::Result<()>> {
+    fn freeze(&self) -> BoxFuture<'_, anyhow::Result<Frost>> {
         Box::pin(async move {
             anyhow::ensure!(self.pages > 0, "it does not hold still");
-            state.write_all(b"state")?;
-            memory.write_all(&vec![7; self.pages * 4096])?;
+            let memory = memory_file("base")?;
             memory.set_len(64 << 20)?;
-            Ok(())
+            let sha256 = crate::template::memory::measure(&memory)?.sha256;
+            let base = Arc::new(Base {
+                file: Arc::new(memory),
+                sha256,
+                path: None,
+            });
+            // As much of it as was asked for, and nothing that another one has.
+            static NEXT: AtomicU8 = AtomicU8::new(1);
+            let byte = NEXT.fetch_add(1, Ordering::Relaxed);
+            let wrote: Vec<(u64, u8)> = (0..self.pages as u64).map(|page| (page, byte)).collect();
+            Ok(frost(&Arc::new(Layers::whole(base)?), &wrote))
         })
     }
     fn figures(&self) -> BoxFuture<'_, anyhow::Result<VmFigures>> {
@@ -70,6 +82,7 @@ fn wish(owner: &str) -> Wish {
         session: SessionId::mint(),
         memory_mib: 64,
         vcpus: 1,
+        parent: None,
     }
 }
 
@@ -94,7 +107,7 @@ async fn what_was_frozen_is_found_by_its_owner_and_by_the_next_server() {
     assert!(snapshots.frozen(&tenant("b"), &id).await.is_err());
     let next = Snapshots::open(dir.path(), ground(), config()).unwrap();
     let (frozen, _) = next.frozen(&tenant("a"), &id).await.unwrap();
-    assert_eq!(frozen.memory.metadata().unwrap().len(), 64 << 20);
+    assert_eq!(frozen.memory.map.pages(), 64 << 8);
     next.delete(&tenant("a"), &id).await.unwrap();
     assert!(!next.has(&id) && !next.dir(&id).exists());
     assert_eq!(
@@ -121,9 +134,18 @@ async fn what_does_not_fit_here_or_is_damaged_is_refused_with_the_reason() {
     let mut other = ground();
     other.machine = thaw_vmm::machine::MachineKind::Hvm;
     assert!(why(other).await.contains("hvm"));
-    let memory = snapshots.dir(&id).join(MEMORY);
-    let mut file = File::options().write(true).open(memory).unwrap();
-    file.write_all(b"damage").unwrap();
+    let chunk = &snapshots
+        .get(&tenant("a"), &id)
+        .unwrap()
+        .manifest
+        .memory
+        .chunks[0];
+    let chunks = snapshots_dir(dir.path()).join("chunks");
+    let file = File::options()
+        .write(true)
+        .open(chunks.join(chunk.sha256.as_str()))
+        .unwrap();
+    file.write_all_at(b"damage", 3 * 4096).unwrap();
     assert!(why(ground()).await.contains("damaged"));
     // What this server made itself, it trusts.
     assert!(snapshots.frozen(&tenant("a"), &id).await.is_ok());
@@ -155,15 +177,37 @@ async fn numbers_sizes_and_the_disk_are_bounds_and_failures_count_for_nothing() 
     let tight = Snapshots::open(dir.path(), ground(), full).unwrap();
     let said = make(&tight, "c", 10).await.unwrap_err().to_string();
     assert!(
-        said.contains("MiB short") && said.contains("64 MiB"),
+        said.contains("MiB short") && said.contains("take 1 MiB"),
         "{said}"
     );
     assert_eq!(
         std::fs::read_dir(snapshots_dir(dir.path()))
             .unwrap()
+            .filter(|entry| is_snapshot(&entry.as_ref().unwrap().path()))
             .count(),
         4
     );
+}
+
+#[tokio::test]
+async fn the_next_server_removes_what_a_killed_one_left_and_nothing_else() {
+    let dir = tempfile::tempdir().unwrap();
+    let snapshots = Snapshots::open(dir.path(), ground(), config()).unwrap();
+    let (kept, gone) = (
+        make(&snapshots, "a", 10).await,
+        make(&snapshots, "a", 10).await,
+    );
+    let (kept, gone) = (kept.unwrap(), gone.unwrap());
+    // Killed between the removal of a manifest and of the rest, and while a chunk was written.
+    std::fs::remove_file(snapshots.dir(&gone).join(FILE)).unwrap();
+    let chunks = snapshots_dir(dir.path()).join("chunks");
+    std::fs::write(chunks.join(".new-x"), b"half").unwrap();
+    let next = Snapshots::open(dir.path(), ground(), config()).unwrap();
+    assert!(next.has(&kept) && !next.dir(&gone).exists());
+    assert_eq!(std::fs::read_dir(&chunks).unwrap().count(), 1);
+    assert!(next.frozen(&tenant("a"), &kept).await.is_ok());
+    next.delete(&tenant("a"), &kept).await.unwrap();
+    assert_eq!(std::fs::read_dir(&chunks).unwrap().count(), 0);
 }
 
 #[tokio::test]

@@ -32,6 +32,7 @@ use thaw_vmm::machine::MachineKind;
 pub use manifest::Manifest;
 
 use crate::image::Image;
+use crate::layers::Base;
 
 /// Guest memory sizes that templates exist for, MiB.
 pub const SIZES_MIB: [u32; 7] = [128, 256, 512, 1024, 2048, 4096, 8192];
@@ -78,7 +79,7 @@ pub struct Template {
     /// Everything but memory.
     pub state: File,
     /// Guest memory: a sealed memfd, to be mapped privately.
-    pub memory: File,
+    pub memory: Arc<File>,
     /// Pages to prefault: little-endian `u64` page numbers.
     pub working_set: File,
 }
@@ -105,9 +106,20 @@ impl Template {
         Ok(Self {
             state: open(manifest::STATE)?,
             working_set: open(manifest::WORKING_SET)?,
-            memory,
+            memory: Arc::new(memory),
             dir: dir.to_path_buf(),
             manifest,
+        })
+    }
+}
+
+impl Template {
+    /// Its memory, for others to be laid over.
+    pub fn base(&self) -> Arc<Base> {
+        Arc::new(Base {
+            file: self.memory.clone(),
+            sha256: self.manifest.memory.sha256.clone(),
+            path: Some(self.dir.join(manifest::MEMORY)),
         })
     }
 }
@@ -192,6 +204,17 @@ impl Templates {
                 slots: Mutex::default(),
             }),
         })
+    }
+
+    /// The template of a shape, if it has been loaded; never waits.
+    pub fn loaded(&self, memory_mib: u32, vcpus: u32) -> Option<Arc<Template>> {
+        let shape = self.shape(memory_mib, vcpus).ok()?;
+        let slot = {
+            let slots = self.inner.slots.lock();
+            let slots = slots.unwrap_or_else(PoisonError::into_inner);
+            slots.get(&shape)?.clone()
+        };
+        slot.try_lock().ok()?.ready.clone()
     }
 
     /// The image that these are templates of.

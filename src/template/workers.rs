@@ -64,6 +64,7 @@ impl Vms for Workers {
                     restore.tuning,
                     state,
                     memory,
+                    None,
                     working_set,
                 )
                 .await?;

@@ -268,6 +268,7 @@ impl Ledger {
                 .unwrap_or_else(crate::session::SessionId::mint),
             memory_mib: record.memory_mib,
             vcpus: record.vcpus,
+            parent: record.snapshot_id.clone(),
         }
     }
 

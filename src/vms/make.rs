@@ -1,8 +1,12 @@
 //! Making VMs: fresh ones, ones restored from snapshots, copies of others.
 
+use std::sync::Arc;
+
 use super::{Cloned, NewVm, Options, Status, VmError, VmRecord, Vms};
-use crate::session::{Begin, PlanLimits, SessionError, SessionId, SessionSpec, Sessions, TenantId};
-use crate::snapshots::{Kind, Manifest};
+use crate::session::{
+    Begin, Frozen, PlanLimits, SessionError, SessionId, SessionSpec, Sessions, TenantId,
+};
+use crate::snapshots::Kind;
 use crate::store::now_ms;
 
 impl Vms {
@@ -194,14 +198,27 @@ impl Vms {
         snapshot: &str,
         wait: bool,
     ) -> Result<VmRecord, VmError> {
-        let (frozen, manifest): (_, Manifest) = self.snapshots().frozen(tenant, snapshot).await?;
+        let (frozen, _) = self.snapshots().frozen(tenant, snapshot).await?;
+        self.copy(tenant, limits, of, spec, frozen, wait).await
+    }
+
+    /// A VM restored from a frozen one, in a session of its own that is made as the original's was.
+    pub(super) async fn copy(
+        &self,
+        tenant: &TenantId,
+        limits: PlanLimits,
+        of: &VmRecord,
+        spec: SessionSpec,
+        frozen: Arc<Frozen>,
+        wait: bool,
+    ) -> Result<VmRecord, VmError> {
         let session = self.sessions.reserve(tenant, spec.clone()).await?;
         let vm_id = Sessions::mint_vm_id();
         let record = VmRecord {
             vm_id: vm_id.clone(),
             session_id: session.to_string(),
             status: Status::Creating,
-            memory_mib: manifest.memory_mib,
+            memory_mib: frozen.shape.memory_mib,
             created_ms: now_ms(),
             started_ms: None,
             expires_ms: None,

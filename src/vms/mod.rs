@@ -3,6 +3,7 @@
 //! A VM is what a session runs on; here it has a record of its own, which outlives it. [`Vms`] is what
 //! clients may do with them, [`Ledger`] the records, which the sessions report to.
 
+mod fork;
 mod ledger;
 mod life;
 mod make;
@@ -16,6 +17,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
+pub use fork::{Forked, MOST_FORKS};
 pub use ledger::Ledger;
 pub use record::{Options, Status, VmRecord};
 

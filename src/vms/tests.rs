@@ -272,3 +272,38 @@ async fn a_vm_that_dies_right_after_it_was_frozen_can_be_resumed() {
         .await;
     assert!(!after.unwrap().vm_restarted);
 }
+
+#[tokio::test]
+async fn a_fork_is_as_many_vms_as_there_is_room_for_and_the_source_runs_on() {
+    let (dir, store) = scratch();
+    let world = World::over(dir.path(), store).await;
+    let vm = world.make().await;
+    let few = PlanLimits { max_vms: 4 };
+    let (owner, stranger) = (tenant(), TenantId("b".into()));
+    let forked = world.vms.fork(&owner, few, &vm.vm_id, 5, true);
+    let forked = forked.await.unwrap();
+    let made: Vec<_> = forked
+        .copies
+        .iter()
+        .filter_map(|copy| copy.as_ref().ok())
+        .collect();
+    assert_eq!((made.len(), forked.copies.len()), (3, 5));
+    let full = forked.copies.iter().filter_map(|copy| copy.as_ref().err());
+    for error in full {
+        assert!(
+            matches!(error, VmError::Session(SessionError::PlanFull { .. })),
+            "{error}"
+        );
+    }
+    let mut sessions: Vec<_> = made.iter().map(|vm| vm.session_id.clone()).collect();
+    sessions.push(vm.session_id.clone());
+    sessions.sort();
+    sessions.dedup();
+    assert_eq!(sessions.len(), 4);
+    assert_eq!(
+        world.vms.get(&tenant(), &vm.vm_id).unwrap().status,
+        Status::Active
+    );
+    let other = world.vms.fork(&stranger, PLAN, &vm.vm_id, 1, true);
+    assert!(matches!(other.await, Err(VmError::NotFound(_))));
+}

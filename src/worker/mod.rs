@@ -12,7 +12,7 @@ mod link;
 mod process;
 mod running;
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -110,6 +110,15 @@ pub struct Saved {
     pub pause: Duration,
 }
 
+/// Files of pages that are laid over a VM's memory.
+#[derive(Debug)]
+pub struct Over<'a> {
+    /// Which page lies where: a [`thaw_vmm::snapshot::PageMap`].
+    pub map: BorrowedFd<'a>,
+    /// The files, in the map's order.
+    pub files: Vec<BorrowedFd<'a>>,
+}
+
 /// How to start workers.
 #[derive(Clone, Debug)]
 pub struct Launcher {
@@ -191,15 +200,20 @@ impl Worker {
         tuning: thaw_vmm::protocol::Tuning,
         state: impl AsFd,
         memory: impl AsFd,
+        over: Option<Over<'_>>,
         working_set: Option<impl AsFd>,
     ) -> Result<Started, WorkerError> {
         let restore = Restore {
             generation,
             working_set: working_set.is_some(),
-            overlays: None,
+            overlays: over.as_ref().map(|over| over.files.len() as u32),
             tuning,
         };
         let mut fds = copies(&[state.as_fd(), memory.as_fd()])?;
+        if let Some(over) = over {
+            fds.extend(copies(&[over.map])?);
+            fds.extend(copies(&over.files)?);
+        }
         if let Some(working_set) = working_set {
             fds.extend(copies(&[working_set.as_fd()])?);
         }
@@ -301,7 +315,16 @@ impl Worker {
     /// See [`WorkerError`].
     pub async fn save(&self, state: impl AsFd, memory: impl AsFd) -> Result<Saved, WorkerError> {
         let fds = copies(&[state.as_fd(), memory.as_fd()])?;
-        match self.ask("save", &Order::Save, fds, BULK_LIMIT).await? {
+        self.saved("save", &Order::Save, fds).await
+    }
+
+    async fn saved(
+        &self,
+        name: &'static str,
+        order: &Order,
+        fds: Vec<OwnedFd>,
+    ) -> Result<Saved, WorkerError> {
+        match self.ask(name, order, fds, BULK_LIMIT).await? {
             Report::Saved {
                 state_bytes,
                 memory_bytes,
@@ -313,8 +336,23 @@ impl Worker {
                 pages,
                 pause: Duration::from_micros(pause_us),
             }),
-            other => Err(confused("save", &other)),
+            other => Err(confused(name, &other)),
         }
+    }
+
+    /// Freezes the VM as the pages that it wrote since its restore, one after the other, and the list of their
+    /// numbers; it goes on running. The files are empty.
+    ///
+    /// # Errors
+    /// See [`WorkerError`].
+    pub async fn freeze(
+        &self,
+        state: impl AsFd,
+        pages: impl AsFd,
+        list: impl AsFd,
+    ) -> Result<Saved, WorkerError> {
+        let fds = copies(&[state.as_fd(), pages.as_fd(), list.as_fd()])?;
+        self.saved("freeze", &Order::Freeze, fds).await
     }
 
     /// Lists, in an empty file, the pages that the VM wrote since its restore; returns how many.
@@ -410,7 +448,7 @@ fn confused(order: &'static str, answer: &Report) -> WorkerError {
 }
 
 /// Copies of descriptors, so that they live until the socket has taken them.
-fn copies(fds: &[std::os::fd::BorrowedFd<'_>]) -> Result<Vec<OwnedFd>, WorkerError> {
+fn copies(fds: &[BorrowedFd<'_>]) -> Result<Vec<OwnedFd>, WorkerError> {
     fds.iter()
         .map(|fd| fd.try_clone_to_owned())
         .collect::<Result<_, _>>()

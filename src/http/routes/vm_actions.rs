@@ -13,6 +13,7 @@ use crate::http::body::fields::Fields;
 use crate::http::error::ApiError;
 use crate::http::openapi::{array, nullable, object, or_null, text, truth};
 use crate::http::reply::{self, Reply};
+use crate::vms::MOST_FORKS;
 
 /// Most variables that one call stages.
 const MOST_ENTRIES: usize = 256;
@@ -55,6 +56,18 @@ pub(super) const GROUP: Group = Group {
             gives: "Vm",
             refuses: &[404, 409, 503],
             handler: |call| Box::pin(suspend(call)),
+        },
+        Endpoint {
+            method: "POST",
+            path: "/v1/vms/{vm_id}/fork",
+            name: "fork_vm",
+            summary: "Live copies of a VM, mid-flight; it goes on running",
+            access: Access::Key,
+            query: &[WAIT],
+            takes: Takes::OptionalJson("ForkRequest"),
+            gives: "Forked",
+            refuses: &[404, 409, 503],
+            handler: |call| Box::pin(fork(call)),
         },
         Endpoint {
             method: "POST",
@@ -102,6 +115,27 @@ fn schemas() -> Vec<(&'static str, Value)> {
         (
             "CloneRequest",
             object(&[], json!({ "snapshot_name": name() })),
+        ),
+        (
+            "ForkRequest",
+            object(
+                &[],
+                json!({ "count": { "type": "integer", "minimum": 1, "maximum": MOST_FORKS, "default": 1 } }),
+            ),
+        ),
+        (
+            "Forked",
+            object(
+                &["vm_id", "requested", "created", "forks"],
+                json!({
+                    "vm_id": text(), "requested": { "type": "integer" }, "created": { "type": "integer" },
+                    "pause_ms": nullable("number"),
+                    "forks": { "type": "array", "items": { "anyOf": [
+                        { "$ref": "#/components/schemas/Vm" },
+                        object(&["status", "error"], json!({ "status": text(), "error": text() })),
+                    ] } },
+                }),
+            ),
         ),
         ("SnapshotRequest", object(&[], json!({ "name": name() }))),
         (
@@ -152,6 +186,38 @@ async fn clone(mut call: Call) -> Result<Reply, ApiError> {
     let made = made.await?;
     let more = json!({ "snapshot_id": made.snapshot, "snapshot_deleted": made.snapshot.is_some() });
     Ok(reply::json(StatusCode::OK, &with(&made.vm, more)))
+}
+
+async fn fork(mut call: Call) -> Result<Reply, ApiError> {
+    let (caller, body) = call.caller_and_optional_body().await?;
+    let count = body.fields(|fields| fields.int("count", 1, 1, MOST_FORKS.into()))?;
+    let count = u32::try_from(count).unwrap_or(MOST_FORKS);
+    let wait = call.query(|fields| fields.flag("wait", true))?;
+    let vm_id = call.path("vm_id").to_owned();
+    let vms = &call.app.control.vms;
+    let forked = vms.fork(&caller.tenant, caller.limits, &vm_id, count, wait);
+    let forked = forked.await?;
+    let created = forked.copies.iter().filter(|copy| copy.is_ok()).count();
+    let mut forks = Vec::with_capacity(forked.copies.len());
+    for copy in forked.copies {
+        match copy {
+            Ok(vm) => forks.push(shown(&vm)),
+            // Nothing came of it: an error like any other.
+            Err(error) if created == 0 => return Err(error.into()),
+            Err(error) => {
+                let error = ApiError::from(error).detail();
+                forks.push(json!({ "status": "failed", "error": error }));
+            }
+        }
+    }
+    let said = json!({
+        "vm_id": vm_id,
+        "requested": count,
+        "created": created,
+        "pause_ms": forked.pause.map(|pause| pause.as_secs_f64() * 1000.0),
+        "forks": forks,
+    });
+    Ok(reply::json(StatusCode::OK, &said))
 }
 
 async fn snapshot(mut call: Call) -> Result<Reply, ApiError> {
