@@ -24,6 +24,10 @@ const PRUNE_EVERY: u64 = 1200;
 pub const CATALOG: &[(&str, &str)] = &[
     ("session.created", "a session was made"),
     ("vm.created", "a VM was asked for by itself"),
+    (
+        "vm.hibernated",
+        "a VM that nobody used was frozen to disk; the next command wakes it",
+    ),
     ("vm.forked", "live copies were made of a VM"),
     ("vm.started", "a VM began to run"),
     ("vm.updated", "a VM's settings were changed"),

@@ -228,6 +228,9 @@ pub struct SnapshotConfig {
     pub concurrency: usize,
     /// Seconds that `suspend` waits for the command that runs in the VM, before it is refused.
     pub suspend_wait_s: u64,
+    /// A VM without a command and without terminals for this many seconds hibernates: it is frozen to disk, and the
+    /// next command wakes it. 0: never.
+    pub hibernate_after_s: u64,
 }
 
 impl Default for SnapshotConfig {
@@ -238,6 +241,7 @@ impl Default for SnapshotConfig {
             disk_floor_mib: 1024,
             concurrency: 2,
             suspend_wait_s: 30,
+            hibernate_after_s: 0,
         }
     }
 }

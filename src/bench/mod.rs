@@ -5,6 +5,7 @@
 
 pub mod cases;
 pub mod facts;
+pub mod forks;
 pub mod restore;
 pub mod samples;
 pub mod server;

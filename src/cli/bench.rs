@@ -1,16 +1,17 @@
 //! `thaw bench`: the figures, measured here.
 
-use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Context;
 use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
 
+use super::{DataDir, exit};
 use crate::bench::facts::Facts;
 use crate::bench::samples::Samples;
 use crate::bench::server::Server;
-use crate::bench::{cases, restore, streams};
+use crate::bench::{cases, forks, restore, streams};
+use crate::image::Image;
 
 /// Measure this host: starts what it needs by itself and ends it again.
 #[derive(Debug, Args)]
@@ -23,6 +24,7 @@ use crate::bench::{cases, restore, streams};
   thaw bench python     a fresh python3 process in the guest, against the bare host
   thaw bench stream     a line's print in the guest to its event at the client
   thaw bench files      100 MiB into a VM and out again
+  thaw bench fork       8 forks of a VM with 20 MiB of its own, its wake from disk, its snapshot's size
 Figures are for this host and this minute: compare what was measured in one run.")]
 pub struct BenchArgs {
     /// What to measure.
@@ -33,14 +35,8 @@ pub struct BenchArgs {
     /// The image to use; `thaw image build` makes one.
     #[arg(long, default_value = "minimal")]
     image: String,
-    /// Where images and templates are.
-    #[arg(
-        long,
-        env = "THAW_DATA_DIR",
-        default_value = "/var/lib/thaw",
-        value_name = "DIR"
-    )]
-    data_dir: PathBuf,
+    #[command(flatten)]
+    data: DataDir,
     /// One JSON object a line: name, n, p50_us, p99_us, max_us.
     #[arg(long)]
     json: bool,
@@ -56,6 +52,7 @@ enum Case {
     Python,
     Stream,
     Files,
+    Fork,
 }
 
 /// Runs the command.
@@ -64,13 +61,15 @@ enum Case {
 /// The benchmark could not run; nothing was printed as a figure then.
 pub fn run(args: &BenchArgs) -> anyhow::Result<ExitCode> {
     let facts = Facts::read()?;
+    let data_dir = args.data.path();
+    Image::open(&data_dir, &args.image).map_err(|error| exit::with(exit::IMAGE, error))?;
     let report = Report {
         json: args.json,
         host: std::cell::OnceCell::new(),
     };
     let runs = |default| args.runs.unwrap_or(default).max(1);
     if let Case::Restore = args.case {
-        let phases = restore::measure(&args.data_dir, &args.image, runs(100))
+        let phases = restore::measure(&data_dir, &args.image, runs(100))
             .context("the restore benchmark could not run")?;
         report.facts(&facts);
         return phases
@@ -78,7 +77,7 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<ExitCode> {
             .try_for_each(|samples| report.samples(samples))
             .map(|()| ExitCode::SUCCESS);
     }
-    let server = Server::start(&args.data_dir, &args.image)?;
+    let server = Server::start(&data_dir, &args.image)?;
     match args.case {
         Case::Warm => {
             let samples = cases::warm(&server, runs(2000))?;
@@ -132,6 +131,14 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<ExitCode> {
             }
             report.figure("into a VM, median", streams::rate(&up)?, "MB/s");
             report.figure("out of a VM, median", streams::rate(&down)?, "MB/s");
+        }
+        Case::Fork => {
+            let done = forks::measure(&server, runs(20))?;
+            report.facts(&facts);
+            for samples in [&done.pause, &done.ready, &done.wake] {
+                report.samples(samples)?;
+            }
+            report.figure("its snapshot adds to the disk", done.snapshot_mib, "MiB");
         }
         Case::Restore => {}
     }

@@ -98,6 +98,10 @@ pub(super) async fn sessions(
         .map_err(|error| exit::with(exit::DATA_DIR, error))?;
     let suspend_wait = Duration::from_secs(config.snapshot.suspend_wait_s);
     let vms = Vms::new(sessions.clone(), ledger, suspend_wait);
+    let idle = Duration::from_secs(config.snapshot.hibernate_after_s);
+    if !idle.is_zero() {
+        tokio::spawn(vms.clone().hibernate_idle(idle));
+    }
     Ok(Started {
         sessions,
         vms,

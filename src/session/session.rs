@@ -248,6 +248,17 @@ impl Session {
         idle.then(|| state.last_used.elapsed())
     }
 
+    /// Its VM, if that has had no command for so long, has none now, and nothing else is open in it.
+    pub(crate) fn idle_vm(&self, after: Duration) -> Option<String> {
+        let state = lock(&self.state);
+        let Slot::Active(live) = &state.slot else {
+            return None;
+        };
+        let used = state.last_used.max(live.started).elapsed();
+        let idle = used >= after && self.line.is_free() && !live.has_processes();
+        idle.then(|| live.vm_id.clone())
+    }
+
     /// What can be told about it.
     pub(crate) fn view(&self) -> SessionView {
         let slot = lock(&self.state).slot.clone();

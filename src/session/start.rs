@@ -97,6 +97,8 @@ impl Core {
         let starting = session.starting(vm_id.clone());
         let restarted = starting.is_restart() && resumes.is_none();
         let spec = session.spec();
+        let remaining = resumes.as_deref().and_then(|old| self.watch.remaining(old));
+        let lifetime = remaining.unwrap_or(spec.lifetime);
         let leased = match &from {
             Some(frozen) => self.thaw(&spec, &vm_id, frozen).await,
             None => self.take(&spec, &vm_id).await,
@@ -110,7 +112,7 @@ impl Core {
             return Err(SessionError::Unavailable(empty).into());
         };
         vm.set_share(spec.vcpus);
-        let live = Arc::new(Live::new(vm_id, vm, spec.lifetime, permits));
+        let live = Arc::new(Live::new(vm_id, vm, lifetime, permits));
         if let Err(live) = starting.done(live.clone(), kills) {
             live.end(End::Killed, &self.reaper);
             return Err(NoVm::Killed);
@@ -123,7 +125,7 @@ impl Core {
             memory_mib: shape
                 .unwrap_or_else(|| self.config.shape(spec.memory_mib, spec.vcpus))
                 .memory_mib,
-            expires_at: SystemTime::now() + spec.lifetime,
+            expires_at: SystemTime::now() + lifetime,
             snapshot: from.map(|frozen| frozen.snapshot.clone()),
             resumes,
             spec,

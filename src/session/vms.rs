@@ -250,6 +250,16 @@ impl Sessions {
         })
     }
 
+    /// VMs of sessions that have had no command for so long, and nothing else that is open in them.
+    pub fn idle_vms(&self, after: Duration) -> Vec<(TenantId, String)> {
+        let all = self.core.table.all().into_iter();
+        let idle = all.filter_map(|session| {
+            let vm_id = session.idle_vm(after)?;
+            Some((session.tenant.clone(), vm_id))
+        });
+        idle.collect()
+    }
+
     /// The tenant's sessions, newest first.
     pub fn of_tenant(&self, tenant: &TenantId) -> Vec<SessionView> {
         let all = self.core.table.all().into_iter();

@@ -66,6 +66,11 @@ pub trait VmWatch: Debug + Send + Sync + 'static {
     /// A VM's lifetime has passed: the last moment to freeze it.
     fn expiring<'a>(&'a self, vm_id: &'a str, vm: &'a Arc<dyn Vm>) -> BoxFuture<'a, Parting>;
 
+    /// What is left of the lifetime of a VM that hibernates; `None`: a resumed VM's lifetime begins anew.
+    fn remaining(&self, _: &str) -> Option<std::time::Duration> {
+        None
+    }
+
     /// Whether this VM was suspended, for sessions that are known from before the server started.
     fn is_suspended(&self, vm_id: &str) -> bool;
 

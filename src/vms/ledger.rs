@@ -212,6 +212,13 @@ impl Ledger {
         found
     }
 
+    /// VMs that hibernate although their lifetime has passed by then.
+    pub(super) fn sleepers(&self, now_ms: i64) -> Vec<VmRecord> {
+        let books = self.books();
+        let found = books.records.values().filter(|vm| vm.sleeps_beyond(now_ms));
+        found.cloned().collect()
+    }
+
     /// Adds a record.
     pub(super) fn put(&self, record: VmRecord) {
         self.books().put(record);
@@ -375,6 +382,7 @@ impl VmWatch for Ledger {
                     None => vm.snapshot,
                 },
                 parked_in: None,
+                hibernated: false,
                 options,
                 aliases,
             };
@@ -451,6 +459,13 @@ impl VmWatch for Ledger {
         })
     }
 
+    fn remaining(&self, vm_id: &str) -> Option<Duration> {
+        let books = self.books();
+        let record = books.get(vm_id).filter(|record| record.hibernated)?;
+        let left = record.expires_ms?.saturating_sub(now_ms());
+        Some(Duration::from_millis(u64::try_from(left).unwrap_or(0)))
+    }
+
     fn is_suspended(&self, vm_id: &str) -> bool {
         let books = self.books();
         books
@@ -462,7 +477,9 @@ impl VmWatch for Ledger {
         Box::pin(async move {
             let record = self.books().get(vm_id).cloned();
             let record = record.filter(|record| record.status == Status::Suspended);
-            let Some(record) = record.filter(|record| record.options.auto_resume) else {
+            let Some(record) =
+                record.filter(|record| record.options.auto_resume || record.hibernated)
+            else {
                 return Err(SessionError::Asleep(vm_id.to_owned()));
             };
             let parked = record.parked_in.clone().unwrap_or_default();

@@ -1,5 +1,7 @@
 //! What is done to a VM that is there: snapshots, suspending, resuming, its end.
 
+use std::time::Duration;
+
 use super::{Status, VmError, VmRecord, Vms};
 use crate::session::{Begin, PlanLimits, SessionError, Sessions, TenantId};
 use crate::snapshots::{Kind, SnapshotError};
@@ -79,13 +81,24 @@ impl Vms {
     /// # Errors
     /// It does not run, a command has it, or it could not be frozen; it goes on running then.
     pub async fn suspend(&self, tenant: &TenantId, vm_id: &str) -> Result<VmRecord, VmError> {
+        self.freeze_and_end(tenant, vm_id, self.suspend_wait, false)
+            .await
+    }
+
+    /// As [`Self::suspend`], with this patience; one that `hibernates` wakes with any command.
+    pub(super) async fn freeze_and_end(
+        &self,
+        tenant: &TenantId,
+        vm_id: &str,
+        wait: Duration,
+        hibernates: bool,
+    ) -> Result<VmRecord, VmError> {
         let record = self.running(tenant, vm_id, "only one that runs can be suspended")?;
         let session = self.session_of(&record)?;
         let (this, tenant) = (self.clone(), tenant.clone());
         // Whoever asked may go away; a VM that is frozen must be noted as such.
         let suspending = tokio::spawn(async move {
             let (ledger, of) = (this.ledger.clone(), record.clone());
-            let wait = this.suspend_wait;
             let save = |vm| -> futures_util::future::BoxFuture<'static, _> {
                 Box::pin(async move {
                     let parked = ledger.freeze(&of, Kind::Suspended, None, vm).await;
@@ -93,6 +106,7 @@ impl Vms {
                     // Before the VM ends: a command that comes then must find this.
                     ledger.change(&of.vm_id, |record| {
                         record.parked_in = Some(parked.id);
+                        record.hibernated = hibernates;
                         record.close(Status::Suspended, None, now_ms());
                     });
                     Ok(())
@@ -101,7 +115,12 @@ impl Vms {
             this.sessions
                 .suspend(&tenant, &session, &record.vm_id, wait, save)
                 .await?;
-            this.note("vm.suspended", &record);
+            let kind = if hibernates {
+                "vm.hibernated"
+            } else {
+                "vm.suspended"
+            };
+            this.note(kind, &record);
             this.ledger.flush().await?;
             this.get(&tenant, &record.vm_id)
         });

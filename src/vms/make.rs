@@ -63,6 +63,7 @@ impl Vms {
             metadata: spec.metadata,
             snapshot_id: new.snapshot,
             parked_in: None,
+            hibernated: false,
             options: new.options,
             aliases: Vec::new(),
         };
@@ -225,6 +226,7 @@ impl Vms {
             ended_ms: None,
             snapshot_id: None,
             parked_in: None,
+            hibernated: false,
             aliases: Vec::new(),
             // A copy does not leave snapshots that its original was asked for.
             options: Options {

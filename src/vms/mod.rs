@@ -4,6 +4,7 @@
 //! clients may do with them, [`Ledger`] the records, which the sessions report to.
 
 mod fork;
+mod hibernate;
 mod ledger;
 mod life;
 mod make;

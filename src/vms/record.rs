@@ -106,6 +106,9 @@ pub struct VmRecord {
     /// The snapshot that it is while it is suspended.
     #[serde(default)]
     pub parked_in: Option<String>,
+    /// It is suspended because nobody used it: any command wakes it, and its lifetime goes on.
+    #[serde(default)]
+    pub hibernated: bool,
     /// What is wanted of it.
     #[serde(default)]
     pub options: Options,

@@ -1,0 +1,65 @@
+//! Hibernation: VMs that nobody uses are frozen to disk by themselves, and wake with the next command.
+
+use std::time::Duration;
+
+use super::{Status, VmError, Vms};
+use crate::session::SessionError;
+use crate::store::now_ms;
+
+/// Shortest and longest time between two looks for idle VMs.
+const LOOK: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(10));
+
+/// How long freezing an idle VM may wait for its turn: if a command has come meanwhile, it is not idle.
+const NO_WAIT: Duration = Duration::from_millis(20);
+
+impl Vms {
+    /// Hibernates VMs that have had no command for so long, and ends those whose lifetime passes while they
+    /// sleep. Never returns.
+    pub async fn hibernate_idle(self, after: Duration) {
+        let pause = (after / 4).clamp(LOOK.0, LOOK.1);
+        loop {
+            tokio::time::sleep(pause).await;
+            self.end_expired_sleepers().await;
+            for (tenant, vm_id) in self.sessions.idle_vms(after) {
+                match self.freeze_and_end(&tenant, &vm_id, NO_WAIT, true).await {
+                    Ok(_) => tracing::debug!(vm = vm_id, "an idle VM hibernates"),
+                    // It was used or ended in this moment.
+                    Err(VmError::State(_) | VmError::Session(SessionError::Conflict(_))) => {}
+                    Err(error) => tracing::warn!(vm = vm_id, "an idle VM goes on running: {error}"),
+                }
+            }
+        }
+    }
+
+    async fn end_expired_sleepers(&self) {
+        for record in self.ledger.sleepers(now_ms()) {
+            let done = match record.options.auto_suspend {
+                // From here on it is suspended as its owner wanted it at the end of its lifetime.
+                true => {
+                    self.ledger
+                        .change(&record.vm_id, |record| record.hibernated = false);
+                    Ok(())
+                }
+                false => {
+                    let ended = self.delete(&record.owner(), &record.vm_id).await;
+                    ended.map(drop)
+                }
+            };
+            if let Err(error) = done {
+                tracing::warn!(
+                    vm = record.vm_id,
+                    "a hibernated VM outlives its lifetime: {error}"
+                );
+            }
+        }
+    }
+}
+
+impl super::VmRecord {
+    /// Whether it hibernates and its lifetime has passed.
+    pub(super) fn sleeps_beyond(&self, now_ms: i64) -> bool {
+        self.status == Status::Suspended
+            && self.hibernated
+            && self.expires_ms.is_some_and(|at| at <= now_ms)
+    }
+}
