@@ -9,7 +9,7 @@ THAW         := $(CURDIR)/target/release/thaw
 # Byte code beside the runner's sources would look like a change of what thaw embeds.
 export PYTHONDONTWRITEBYTECODE := 1
 
-.PHONY: help setup build guest image demo test lint unit blackbox bench clean
+.PHONY: help setup build guest image demo test lint unit blackbox bench bench-client clean
 
 help:
 	@echo "make demo      install what is missing, build, make the image, serve, send one real request"
@@ -17,6 +17,7 @@ help:
 	@echo "make build     target/release/thaw and the guest's programs"
 	@echo "make image     the minimal image, in target/thaw-data"
 	@echo "make bench     the README's figures, measured here"
+	@echo "make bench-client  the same for the official client: calls and files"
 	@echo "make clean     remove everything that was built"
 
 setup:
@@ -53,6 +54,10 @@ bench: image
 	$(THAW) bench warm --data-dir $(DATA)
 	$(THAW) bench cold --data-dir $(DATA)
 	$(THAW) bench restore --data-dir $(DATA)
+
+bench-client: image
+	scripts/blackbox $(THAW) $(DATA) --collect-only -qq >/dev/null
+	target/venv/bin/python scripts/client-figures $(THAW) $(DATA)
 
 clean:
 	cargo clean
