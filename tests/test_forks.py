@@ -1,5 +1,8 @@
 """Forks of running VMs, and snapshots of VMs that came from snapshots: shared memory, and each on its own."""
 
+import json
+import os
+import subprocess
 import threading
 import time
 
@@ -146,6 +149,43 @@ def test_five_generations_of_snapshots_share_what_they_have_in_common(make, serv
     vm.client.http.delete(f"{vm.client.url}/v1/snapshots/{frozen[-1]['id']}")
     chunks = server.data / "snapshots/chunks"
     wait_for(lambda: not any(chunks.iterdir()), "what nobody needs to be removed")
+
+
+def test_the_command_line_sees_snapshots_as_they_are(make, server):
+    def thaw(*words):
+        command = [os.environ["THAW_BIN"], "snapshot", *words, "--json", "--data-dir", str(server.data)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        return done, [json.loads(line) for line in done.stdout.splitlines()]
+
+    vm = make()
+    vm.run("import os; kept = os.urandom(8 << 20)")
+    first = vm.snapshot()["id"]
+    child = make(snapshot_id=first)
+    child.run("more = os.urandom(4 << 20)")
+    second = child.snapshot()["id"]
+    _, listed = thaw("list")
+    assert [one["id"] for one in listed] == [first, second] and listed[1]["parent"] == first
+    assert listed[0]["own_bytes"] < 1 << 20 < listed[1]["own_bytes"] < 12 << 20
+    assert [one["depth"] for one in thaw("tree")[1]] == [0, 1]
+    memory = thaw("diff", first, second[:8])[1][0]["memory"]
+    assert 4 << 20 <= memory["pages"] * 4096 <= 12 << 20
+    assert thaw("gc", "--dry-run")[1] == [{"dry_run": True, "files": 0, "bytes": 0}]
+    done, said = thaw("verify")
+    assert done.returncode == 0 and all(one["sound"] for one in said)
+    # One byte of one page that both have.
+    manifest = json.loads((server.data / "snapshots" / first / "manifest.json").read_text())
+    chunk = max(manifest["memory"]["chunks"], key=lambda chunk: chunk["bytes"])["sha256"]
+    with open(server.data / "snapshots/chunks" / chunk, "r+b") as file:
+        file.seek(1000 * 4096 + 5)
+        byte = file.read(1)
+        file.seek(-1, 1)
+        file.write(bytes([byte[0] ^ 1]))
+    done, said = thaw("verify", first)
+    assert done.returncode == 1 and "guest address 0x" in said[0]["faults"][0] and chunk in said[0]["faults"][0]
+    assert len(said[0]["faults"]) == 1 and "1 of 1 snapshots are damaged" in done.stderr
+    assert thaw("inspect", "nonsense")[0].returncode == 1
+    for snapshot in (second, first):
+        vm.client.http.delete(f"{vm.client.url}/v1/snapshots/{snapshot}")
 
 
 def test_a_server_that_is_killed_while_it_freezes_keeps_what_it_acknowledged(start_server):

@@ -10,6 +10,7 @@ mod keys_help;
 pub mod plan;
 
 pub mod serve;
+pub mod snapshot;
 mod start;
 pub mod table;
 pub mod template;
@@ -44,6 +45,8 @@ enum Command {
     Image(image::ImageArgs),
     /// Build, list, inspect, verify and remove templates.
     Template(template::TemplateArgs),
+    /// List, inspect, verify and compare snapshots.
+    Snapshot(snapshot::SnapshotArgs),
     /// Say what this host can do, and what to fix.
     Doctor(doctor::DoctorArgs),
     /// Make, list and revoke API keys.
@@ -66,6 +69,7 @@ impl Cli {
             Command::Bench(args) => bench::run(&args),
             Command::Image(args) => image::run(args),
             Command::Template(args) => template::run(args),
+            Command::Snapshot(args) => snapshot::run(&args),
             Command::Doctor(args) => doctor::run(&args),
             Command::Key(args) => key::run(args),
             Command::User(args) => user::run(args),

@@ -5,6 +5,7 @@
 //! that it needs is on the disk, so what is there is whole. The directories are the truth; what is being made or has failed is known
 //! in memory only.
 
+mod catalog;
 mod make;
 pub mod manifest;
 #[cfg(test)]
@@ -19,6 +20,7 @@ use anyhow::Context;
 use thaw_vmm::snapshot::PageMap;
 use tokio::sync::Semaphore;
 
+pub use catalog::{Catalog, Difference, Fault};
 pub use make::Wish;
 pub use manifest::{Ground, Kind, Manifest};
 
