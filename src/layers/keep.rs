@@ -32,7 +32,7 @@ pub struct Kept {
 
 /// Where a page comes from while a snapshot is put together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum From {
+enum Place {
     /// A file of the origin.
     File(u32, u64),
     /// The frost, at this place.
@@ -93,7 +93,7 @@ impl Frost {
     }
 
     /// Every page that is not as in the base, ascending, and where it is.
-    fn merged(&self) -> anyhow::Result<Vec<(u64, From)>> {
+    fn merged(&self) -> anyhow::Result<Vec<(u64, Place)>> {
         let mut merged = Vec::new();
         let mut mine = (0_u64..).zip(&self.numbers).peekable();
         let origin = &self.origin;
@@ -102,8 +102,8 @@ impl Frost {
                 self.changed(*number, slot, None, &mut merged)?;
             }
             let was = match file {
-                ZERO => From::Zero,
-                file => From::File(file, slot),
+                ZERO => Place::Zero,
+                file => Place::File(file, slot),
             };
             match mine.next_if(|(_, number)| **number == page) {
                 Some((slot, _)) => self.changed(page, slot, Some(was), &mut merged)?,
@@ -121,8 +121,8 @@ impl Frost {
         &self,
         page: u64,
         slot: u64,
-        was: Option<From>,
-        merged: &mut Vec<(u64, From)>,
+        was: Option<Place>,
+        merged: &mut Vec<(u64, Place)>,
     ) -> anyhow::Result<()> {
         let (mut now, mut before) = ([0; PAGE], [0; PAGE]);
         read(&self.pages, slot, &mut now)?;
@@ -138,7 +138,14 @@ impl Frost {
             }
         }
         let zero = now == [0; PAGE];
-        merged.push((page, if zero { From::Zero } else { From::Frost(slot) }));
+        merged.push((
+            page,
+            if zero {
+                Place::Zero
+            } else {
+                Place::Frost(slot)
+            },
+        ));
         Ok(())
     }
 }
@@ -156,39 +163,40 @@ struct Sorted<'a> {
 }
 
 impl Sorted<'_> {
-    fn region(&mut self, part: &[(u64, From)]) -> anyhow::Result<()> {
+    fn region(&mut self, part: &[(u64, Place)]) -> anyhow::Result<()> {
         let mut chunks: Vec<u32> = part
             .iter()
             .filter_map(|(_, from)| match from {
-                From::File(file, _) => Some(*file),
+                Place::File(file, _) => Some(*file),
                 _ => None,
             })
             .collect();
         chunks.sort_unstable();
         chunks.dedup();
         let gather = chunks.len() > MOST_CHUNKS;
+        let first = self.entries.len();
         let mut page = [0; PAGE];
         let mut writing = None;
         let mut written = Vec::new();
         for (number, from) in part {
             match *from {
-                From::Zero => {
+                Place::Zero => {
                     self.entries.push((*number, ZERO, 0));
                     continue;
                 }
-                From::File(file, slot) if self.kept[file as usize] && !gather => {
+                Place::File(file, slot) if self.kept[file as usize] && !gather => {
                     let file = self.number(file);
                     self.entries.push((*number, file, slot));
                     continue;
                 }
-                From::File(file, slot) => {
+                Place::File(file, slot) => {
                     read(
                         &self.frost.origin.files[file as usize].file,
                         slot,
                         &mut page,
                     )?;
                 }
-                From::Frost(slot) => {
+                Place::Frost(slot) => {
                     read(&self.frost.pages, slot, &mut page)?;
                 }
             }
@@ -208,7 +216,8 @@ impl Sorted<'_> {
         self.files.push(chunk);
         self.entries
             .extend(written.into_iter().map(|(page, slot)| (page, number, slot)));
-        self.entries.sort_unstable();
+        // Regions come in order, and so must the pages of each.
+        self.entries[first..].sort_unstable();
         Ok(())
     }
 

@@ -272,6 +272,11 @@ impl Shelf {
         disk_bytes(&self.chunk_path(name))
     }
 
+    /// Whether this process has read all of these, or written them.
+    pub fn knows<'a>(&self, names: impl IntoIterator<Item = &'a str>) -> bool {
+        names.into_iter().all(|name| self.is_proved(name))
+    }
+
     fn prove(&self, name: &str) {
         let mut proved = self.proved.lock().unwrap_or_else(PoisonError::into_inner);
         proved.insert(name.to_owned());

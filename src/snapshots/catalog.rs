@@ -8,10 +8,10 @@ use anyhow::{Context, bail};
 use thaw_vmm::snapshot::PageMap;
 
 use super::manifest::{MAP, Manifest};
-use super::{is_snapshot, named, open, snapshots_dir};
+use super::{directories, manifest_in, named, open, snapshots_dir};
 use crate::image::manifest::Part;
 use crate::layers::{Damage, Layers, PAGE, Shelf, Swept};
-use crate::template::manifest::{FILE, STATE};
+use crate::template::manifest::STATE;
 
 /// The snapshots of a data directory.
 #[derive(Debug)]
@@ -84,20 +84,9 @@ impl Catalog {
         }
         let mut snapshots = Vec::new();
         let mut unreadable = Vec::new();
-        let entries =
-            std::fs::read_dir(&dir).with_context(|| format!("cannot read {}", dir.display()))?;
-        for entry in entries {
-            let path = entry
-                .with_context(|| format!("cannot read {}", dir.display()))?
-                .path();
-            if !is_snapshot(&path) {
-                continue;
-            }
-            match Manifest::read(&path.join(FILE)) {
-                Ok(manifest) if path.file_name().is_some_and(|name| *name == *manifest.id) => {
-                    snapshots.push(manifest);
-                }
-                Ok(manifest) => unreadable.push((path, format!("it says it is {}", manifest.id))),
+        for path in directories(&dir)? {
+            match manifest_in(&path) {
+                Ok(manifest) => snapshots.push(manifest),
                 Err(error) => unreadable.push((path, format!("{error:#}"))),
             }
         }

@@ -108,6 +108,10 @@ impl Snapshots {
     /// The VM could not be frozen, the files not be written, or the result is too large to be kept.
     pub async fn make(&self, id: &str, vm: Arc<dyn Vm>) -> Result<Manifest, SnapshotError> {
         let made = self.freeze(id, vm).await;
+        if made.is_err() {
+            // Chunks that were written for it are of no use now.
+            self.sweep_soon().await;
+        }
         let mut known = self.known();
         match &made {
             Ok(manifest) => {
@@ -153,15 +157,17 @@ impl Snapshots {
             entry.manifest.clone()
         };
         let frost = vm.freeze().await.map_err(SnapshotError::NotMade)?;
-        self.check_space(&frost)?;
+        self.check_space(id, &frost)?;
         let (data_dir, shelf) = (self.data_dir.clone(), self.shelf.clone());
         let written = blocking(move || {
             let scratch = Scratch::new(&data_dir)?;
             let hold = shelf.hold()?;
             let kept = frost.keep(&shelf)?;
             manifest.made_here()?;
-            manifest.describe(&frost, &kept, &shelf)?;
-            let out = write(scratch.path(), &frost, &kept, &manifest)?;
+            let state = state_bytes(&frost)?;
+            let map = kept.layers.map.encode();
+            manifest.describe(&state, &map, &kept, &shelf)?;
+            let out = write(scratch.path(), &state, &map, &manifest)?;
             Ok((scratch, hold, out, manifest))
         });
         let (scratch, hold, out, manifest) = written.await.map_err(SnapshotError::NotMade)?;
@@ -180,9 +186,18 @@ impl Snapshots {
         Ok(manifest)
     }
 
-    /// Whether there is room on the disk for what a VM wrote.
-    fn check_space(&self, frost: &Frost) -> Result<(), SnapshotError> {
-        let need_mib = (frost.numbers.len() as u64 * PAGE as u64).div_ceil(MIB);
+    /// Whether there is room on the disk for what a VM wrote, besides what others that are being made may still take.
+    fn check_space(&self, id: &str, frost: &Frost) -> Result<(), SnapshotError> {
+        let need = frost.numbers.len() as u64 * PAGE as u64;
+        let mut known = self.known();
+        let building = known
+            .values()
+            .filter(|entry| entry.status == Status::Building && entry.manifest.id != id);
+        let promised: u64 = building.map(|entry| entry.manifest.disk_bytes).sum();
+        if let Some(entry) = known.get_mut(id) {
+            entry.manifest.disk_bytes = need;
+        }
+        let need_mib = (need + promised).div_ceil(MIB);
         let free_mib = free_mib(&self.data_dir).map_err(SnapshotError::NotMade)?;
         let floor_mib = self.config.disk_floor_mib;
         let wanted = need_mib.saturating_add(floor_mib);
@@ -231,12 +246,7 @@ fn used(known: &HashMap<String, Entry>, tenant: &str, more: Option<&Manifest>) -
 }
 
 /// Writes a snapshot's files into a directory of their own, all of it on the disk; gives that.
-fn write(
-    scratch: &Path,
-    frost: &Frost,
-    kept: &Kept,
-    manifest: &Manifest,
-) -> anyhow::Result<PathBuf> {
+fn write(scratch: &Path, state: &[u8], map: &[u8], manifest: &Manifest) -> anyhow::Result<PathBuf> {
     let out = scratch.join("snapshot");
     std::fs::DirBuilder::new()
         .mode(0o700)
@@ -252,8 +262,8 @@ fn write(
         file.and_then(|mut file| file.write_all(bytes).and_then(|()| file.sync_all()))
             .with_context(|| format!("cannot write {}", path.display()))
     };
-    put(STATE, &state_bytes(frost)?)?;
-    put(MAP, &kept.layers.map.encode())?;
+    put(STATE, state)?;
+    put(MAP, map)?;
     manifest.write(&out.join(FILE))?;
     flush_dir(&out)?;
     Ok(out)
@@ -282,9 +292,14 @@ fn flush_dir(dir: &Path) -> anyhow::Result<()> {
 }
 
 impl Manifest {
-    fn describe(&mut self, frost: &Frost, kept: &Kept, shelf: &Shelf) -> anyhow::Result<()> {
-        let map = kept.layers.map.encode();
-        self.state = Part::of_bytes(&state_bytes(frost)?);
+    fn describe(
+        &mut self,
+        state: &[u8],
+        map: &[u8],
+        kept: &Kept,
+        shelf: &Shelf,
+    ) -> anyhow::Result<()> {
+        self.state = Part::of_bytes(state);
         let chunks = kept.layers.files.iter().map(|file| {
             let name = file.digest.clone();
             let sha256 = name.context("pages that are in no chunk")?;
@@ -295,7 +310,7 @@ impl Manifest {
             bytes: kept.layers.map.pages() * PAGE as u64,
             base: kept.layers.base.sha256.clone(),
             chunks: chunks.collect::<anyhow::Result<_>>()?,
-            map: Part::of_bytes(&map),
+            map: Part::of_bytes(map),
         };
         self.disk_bytes = kept.added + self.state.bytes + map.len() as u64;
         Ok(())

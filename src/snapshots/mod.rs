@@ -136,7 +136,7 @@ pub struct Snapshots {
     ground: Ground,
     config: SnapshotConfig,
     known: Mutex<HashMap<String, Entry>>,
-    /// Each one being made or proved keeps a core and the disk busy.
+    /// Each one being made, or read through for the first time, keeps a core and the disk busy.
     hands: Semaphore,
 }
 
@@ -154,41 +154,18 @@ impl Snapshots {
         let dir = snapshots_dir(data_dir);
         let shelf = Arc::new(Shelf::open(&dir)?);
         let mut known = HashMap::new();
-        let entries = match std::fs::read_dir(&dir) {
-            Ok(entries) => Some(entries),
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
-            Err(error) => {
-                return Err(error).with_context(|| format!("cannot read {}", dir.display()));
-            }
-        };
-        for entry in entries.into_iter().flatten() {
-            let path = entry
-                .with_context(|| format!("cannot read {}", dir.display()))?
-                .path();
-            if !is_snapshot(&path) {
-                continue;
-            }
+        for path in directories(&dir)? {
             if !path.join(FILE).exists() {
                 // What is here got its name with its manifest in it, and loses that first when it is deleted.
                 remove(&path)?;
                 continue;
             }
-            match Manifest::read(&path.join(FILE)) {
-                Ok(manifest) if path.file_name().is_some_and(|name| *name == *manifest.id) => {
-                    let entry = Entry {
-                        manifest,
-                        status: Status::Ready,
-                    };
-                    known.insert(entry.manifest.id.clone(), entry);
+            match manifest_in(&path) {
+                Ok(manifest) => {
+                    let status = Status::Ready;
+                    known.insert(manifest.id.clone(), Entry { manifest, status });
                 }
-                Ok(manifest) => tracing::warn!(
-                    "{} says that it is snapshot {}; it is left alone",
-                    path.display(),
-                    manifest.id
-                ),
-                Err(error) => {
-                    tracing::warn!("{} is left alone: {error:#}", path.display());
-                }
+                Err(error) => tracing::warn!("{} is left alone: {error:#}", path.display()),
             }
         }
         let snapshots = Self {
@@ -199,25 +176,20 @@ impl Snapshots {
             config,
             known: Mutex::new(known),
         };
-        snapshots.sweep()?;
+        sweep(&snapshots.shelf, &dir);
         Ok(snapshots)
     }
 
-    /// Removes chunks and bases that no snapshot on the disk names. Blocks.
-    ///
-    /// # Errors
-    /// The directories cannot be read, or a manifest in them; nothing is removed then.
-    pub fn sweep(&self) -> anyhow::Result<()> {
-        let dir = snapshots_dir(&self.data_dir);
-        match self.shelf.sweep(false, || named(&dir))? {
-            Some(swept) if swept.files > 0 => tracing::info!(
-                files = swept.files,
-                bytes = swept.bytes,
-                "what no snapshot needs is removed"
-            ),
-            _ => {}
+    /// Removes chunks that no snapshot names, off the runtime's threads.
+    async fn sweep_soon(&self) {
+        let (shelf, dir) = (self.shelf.clone(), snapshots_dir(&self.data_dir));
+        let swept = blocking(move || {
+            sweep(&shelf, &dir);
+            Ok(())
+        });
+        if let Err(error) = swept.await {
+            tracing::warn!("chunks that nothing needs are still there: {error:#}");
         }
-        Ok(())
     }
 
     /// The tenant's own snapshots, newest first.
@@ -276,18 +248,10 @@ impl Snapshots {
                 .ok_or_else(|| SnapshotError::NotFound(id.to_owned()))?
                 .manifest
         };
-        let (dir, snapshots, shelf) = (
-            self.dir(id),
-            snapshots_dir(&self.data_dir),
-            self.shelf.clone(),
-        );
-        let removed = blocking(move || {
-            remove(&dir)?;
-            // Busy: whoever comes next removes it.
-            shelf.sweep(false, || named(&snapshots))?;
-            Ok(())
-        });
+        let dir = self.dir(id);
+        let removed = blocking(move || remove(&dir));
         removed.await.map_err(SnapshotError::NotMade)?;
+        self.sweep_soon().await;
         Ok(manifest)
     }
 
@@ -323,6 +287,12 @@ impl Snapshots {
         };
         let (dir, ground, checked) = (self.dir(id), self.ground.clone(), manifest.clone());
         let shelf = self.shelf.clone();
+        let chunks = manifest.memory.chunks.iter();
+        let names = chunks.map(|chunk| chunk.sha256.as_str());
+        let _hand = match shelf.knows(names.chain([manifest.memory.base.as_str()])) {
+            true => None,
+            false => Some(self.hands.acquire().await.map_err(|e| unfit(e.into()))?),
+        };
         let opened = blocking(move || {
             checked.check(&ground)?;
             open(&dir, &checked, &shelf)
@@ -382,23 +352,38 @@ fn remove(dir: &Path) -> anyhow::Result<()> {
     gone(std::fs::remove_dir_all(dir))
 }
 
-/// Whether something in the snapshots' directory is named as a snapshot is.
-fn is_snapshot(path: &Path) -> bool {
-    let name = path.file_name().and_then(|name| name.to_str());
-    name.is_some_and(|name| uuid::Uuid::parse_str(name).is_ok())
+/// Directories that are named as snapshots are.
+fn directories(snapshots: &Path) -> anyhow::Result<Vec<PathBuf>> {
+    let cannot = || format!("cannot read {}", snapshots.display());
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(snapshots).with_context(cannot)? {
+        let entry = entry.with_context(cannot)?;
+        let name = entry.file_name();
+        if name
+            .to_str()
+            .is_some_and(|name| uuid::Uuid::parse_str(name).is_ok())
+        {
+            found.push(entry.path());
+        }
+    }
+    Ok(found)
 }
 
-/// Names of the bases and chunks that the snapshots on the disk need.
+/// The manifest of the snapshot in a directory.
+fn manifest_in(dir: &Path) -> anyhow::Result<Manifest> {
+    let manifest = Manifest::read(&dir.join(FILE))?;
+    let own = dir.file_name().is_some_and(|name| *name == *manifest.id);
+    anyhow::ensure!(own, "it says that it is snapshot {}", manifest.id);
+    Ok(manifest)
+}
+
+/// Names of the bases and chunks that the snapshots on the disk need. One whose manifest cannot be read may
+/// need any of them.
 fn named(snapshots: &Path) -> anyhow::Result<HashSet<String>> {
     let mut names = HashSet::new();
-    let entries = std::fs::read_dir(snapshots)
-        .with_context(|| format!("cannot read {}", snapshots.display()))?;
-    for entry in entries {
-        let path = entry
-            .with_context(|| format!("cannot read {}", snapshots.display()))?
-            .path();
-        let manifest = path.join(FILE);
-        if !is_snapshot(&path) || !manifest.exists() {
+    for dir in directories(snapshots)? {
+        let manifest = dir.join(FILE);
+        if !manifest.exists() {
             continue;
         }
         let said: serde_json::Value = read_json(&manifest)?;
@@ -412,6 +397,20 @@ fn named(snapshots: &Path) -> anyhow::Result<HashSet<String>> {
         names.extend(chunks.map(|chunk| String::from(chunk.sha256)));
     }
     Ok(names)
+}
+
+/// Removes what no snapshot on the disk names. Nothing depends on it: what cannot be removed now is for the next time,
+/// and nothing is while it cannot be known what is needed.
+fn sweep(shelf: &Shelf, snapshots: &Path) {
+    match shelf.sweep(false, || named(snapshots)) {
+        Ok(Some(swept)) if swept.files > 0 => tracing::info!(
+            files = swept.files,
+            bytes = swept.bytes,
+            "what no snapshot needs is removed"
+        ),
+        Ok(_) => {}
+        Err(error) => tracing::warn!("what no snapshot needs is still there: {error:#}"),
+    }
 }
 
 impl Entry {

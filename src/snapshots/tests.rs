@@ -180,13 +180,10 @@ async fn numbers_sizes_and_the_disk_are_bounds_and_failures_count_for_nothing() 
         said.contains("MiB short") && said.contains("take 1 MiB"),
         "{said}"
     );
-    assert_eq!(
-        std::fs::read_dir(snapshots_dir(dir.path()))
-            .unwrap()
-            .filter(|entry| is_snapshot(&entry.as_ref().unwrap().path()))
-            .count(),
-        4
-    );
+    assert_eq!(directories(&snapshots_dir(dir.path())).unwrap().len(), 4);
+    // The one that was too large left nothing either.
+    let chunks = snapshots_dir(dir.path()).join("chunks");
+    assert_eq!(std::fs::read_dir(chunks).unwrap().count(), 4);
 }
 
 #[tokio::test]
@@ -208,6 +205,26 @@ async fn the_next_server_removes_what_a_killed_one_left_and_nothing_else() {
     assert!(next.frozen(&tenant("a"), &kept).await.is_ok());
     next.delete(&tenant("a"), &kept).await.unwrap();
     assert_eq!(std::fs::read_dir(&chunks).unwrap().count(), 0);
+}
+
+#[tokio::test]
+async fn a_manifest_that_cannot_be_read_keeps_neither_the_server_down_nor_chunks_from_staying() {
+    let dir = tempfile::tempdir().unwrap();
+    let snapshots = Snapshots::open(dir.path(), ground(), config()).unwrap();
+    let (broken, whole) = (
+        make(&snapshots, "a", 10).await,
+        make(&snapshots, "a", 10).await,
+    );
+    let (broken, whole) = (broken.unwrap(), whole.unwrap());
+    let manifest = snapshots.dir(&broken).join(FILE);
+    let said = std::fs::read(&manifest).unwrap();
+    std::fs::write(&manifest, b"{").unwrap();
+    let next = Snapshots::open(dir.path(), ground(), config()).unwrap();
+    assert!(next.has(&whole) && !next.has(&broken));
+    next.delete(&tenant("a"), &whole).await.unwrap();
+    std::fs::write(&manifest, said).unwrap();
+    let mended = Snapshots::open(dir.path(), ground(), config()).unwrap();
+    assert!(mended.frozen(&tenant("a"), &broken).await.is_ok());
 }
 
 #[tokio::test]

@@ -47,8 +47,12 @@ impl Vms {
                 // In a task of its own: whoever asked may go away, the worker must not be left with an order half done.
                 let freezing = tokio::spawn(async move {
                     let frost = vm.freeze().await?;
-                    let memory = Arc::new(frost.layers()?);
-                    anyhow::Ok((frost, memory))
+                    // A large VM's map takes a while to put together.
+                    let layered = tokio::task::spawn_blocking(move || {
+                        let memory = Arc::new(frost.layers()?);
+                        anyhow::Ok((frost, memory))
+                    });
+                    layered.await?
                 });
                 let cut = |error: anyhow::Error| SessionError::Unavailable(error);
                 let froze = freezing.await.map_err(|error| cut(error.into()))?;

@@ -23,8 +23,12 @@ impl Vms {
             for (tenant, vm_id) in self.sessions.idle_vms(after) {
                 match self.freeze_and_end(&tenant, &vm_id, NO_WAIT, true).await {
                     Ok(_) => tracing::debug!(vm = vm_id, "an idle VM hibernates"),
-                    // It was used or ended in this moment.
-                    Err(VmError::State(_) | VmError::Session(SessionError::Conflict(_))) => {}
+                    // It was used or ended in this moment, or its owner has as many snapshots as one may have.
+                    Err(
+                        error @ (VmError::State(_) | VmError::Session(SessionError::Conflict(_))),
+                    ) => {
+                        tracing::debug!(vm = vm_id, "an idle VM goes on running: {error}");
+                    }
                     Err(error) => tracing::warn!(vm = vm_id, "an idle VM goes on running: {error}"),
                 }
             }

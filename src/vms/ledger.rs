@@ -3,12 +3,12 @@
 //! Changes are written together a moment later, so that no command waits for the disk; who
 //! must be sure of one uses [`Ledger::flush`].
 
-use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use futures_util::future::BoxFuture;
 
+use super::books::Books;
 use super::record::{MOST_ALIASES, Options, Status, VmRecord};
 use crate::audit::{Audit, Event};
 use crate::session::{Frozen, Parting, SessionError, TenantId, Vm, VmEnd, VmStarted, VmWatch};
@@ -30,62 +30,6 @@ pub struct Ledger {
     books: Mutex<Books>,
     /// Held while changes are being written, so that they arrive in order.
     writing: tokio::sync::Mutex<()>,
-}
-
-#[derive(Debug, Default)]
-struct Books {
-    records: HashMap<String, VmRecord>,
-    aliases: HashMap<String, String>,
-    changed: HashSet<String>,
-    removed: Vec<String>,
-}
-
-impl Books {
-    fn resolve<'a>(&'a self, vm_id: &'a str) -> &'a str {
-        self.aliases.get(vm_id).map_or(vm_id, String::as_str)
-    }
-
-    fn get(&self, vm_id: &str) -> Option<&VmRecord> {
-        self.records.get(self.resolve(vm_id))
-    }
-
-    fn put(&mut self, record: VmRecord) {
-        self.aliases.remove(&record.vm_id);
-        for alias in &record.aliases {
-            self.aliases.insert(alias.clone(), record.vm_id.clone());
-        }
-        self.changed.insert(record.vm_id.clone());
-        self.records.insert(record.vm_id.clone(), record);
-    }
-
-    fn remove(&mut self, vm_id: &str) -> Option<VmRecord> {
-        let record = self.records.remove(vm_id)?;
-        self.changed.remove(vm_id);
-        self.removed.push(vm_id.to_owned());
-        for alias in &record.aliases {
-            self.aliases.remove(alias);
-        }
-        Some(record)
-    }
-
-    /// Forgets the oldest records of the tenant's VMs that are over, beyond a number.
-    fn prune(&mut self, tenant: &str, keep: usize) {
-        let mut over: Vec<(i64, String)> = self
-            .records
-            .values()
-            .filter(|record| record.tenant == tenant && record.status.is_over())
-            .map(|record| (record.created_ms, record.vm_id.clone()))
-            .collect();
-        // A tenth more than asked for, so that the search is paid for seldom.
-        if over.len() <= keep + keep / 10 {
-            return;
-        }
-        over.sort_unstable();
-        let beyond = over.len() - keep;
-        for (_, vm_id) in over.into_iter().take(beyond) {
-            self.remove(&vm_id);
-        }
-    }
 }
 
 impl Ledger {

@@ -3,6 +3,7 @@
 //! A VM is what a session runs on; here it has a record of its own, which outlives it. [`Vms`] is what
 //! clients may do with them, [`Ledger`] the records, which the sessions report to.
 
+mod books;
 mod fork;
 mod hibernate;
 mod ledger;
