@@ -147,6 +147,7 @@ mod tests {
     use std::io::Read;
 
     use nix::fcntl::OFlag;
+    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
     use nix::unistd::pipe2;
     use proptest::prelude::*;
 
@@ -183,6 +184,10 @@ mod tests {
             // With the queue empty the end is the pipe's end, too.
             let mut into = vec![0; 1 << 20];
             loop {
+                // A process that another test is starting holds a copy of the pipe's other end until it
+                // is another program, so the end may be a moment late.
+                let mut is_there = [PollFd::new(read.as_fd(), PollFlags::POLLIN)];
+                prop_assert_eq!(poll(&mut is_there, PollTimeout::from(10_000u16)), Ok(1));
                 let count = read.read(&mut into).unwrap();
                 if count == 0 {
                     break;
