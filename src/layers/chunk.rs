@@ -115,6 +115,13 @@ impl Writer {
     }
 }
 
+/// How many pages a chunk of this length has; `None`: no chunk has it.
+pub fn chunk_pages(bytes: u64) -> Option<u64> {
+    let pages = bytes.checked_sub(FOOT as u64)?;
+    let each = (PAGE + HASH) as u64;
+    (pages % each == 0).then_some(pages / each)
+}
+
 /// The hashes of a chunk's pages, checked against its name.
 fn hashes(file: &File, name: &Digest) -> anyhow::Result<Vec<u8>> {
     let length = file.metadata().context("cannot look at it")?.len();
@@ -128,7 +135,7 @@ fn hashes(file: &File, name: &Digest) -> anyhow::Result<Vec<u8>> {
         bail!("it does not end as one");
     }
     let pages = u64::from(number(12));
-    if length != pages * (PAGE + HASH) as u64 + FOOT as u64 {
+    if chunk_pages(length) != Some(pages) {
         bail!("it has another length than it says");
     }
     let mut tail = vec![0; usize::try_from(length - pages * PAGE as u64)?];

@@ -83,7 +83,7 @@ impl Frost {
             new_pages,
             ..
         } = sorted;
-        shelf.sync()?;
+        shelf.flush()?;
         let map = PageMap::of_pages(pages, files.len() as u32, entries)?;
         Ok(Kept {
             layers: Layers::new(origin.base.clone(), files, map),

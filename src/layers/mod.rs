@@ -25,7 +25,7 @@ use anyhow::Context;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use thaw_vmm::snapshot::{PageMap, ZERO};
 
-pub use chunk::{Damage, Digest};
+pub use chunk::{Damage, Digest, chunk_pages};
 pub use keep::Kept;
 pub use shelf::{Shelf, Swept};
 

@@ -37,6 +37,29 @@ pub struct Swept {
     pub bytes: u64,
 }
 
+impl Swept {
+    fn count(&mut self, path: &Path) {
+        self.files += 1;
+        self.bytes += disk_bytes(path);
+    }
+
+    /// Counts the files in a directory.
+    pub(crate) fn add(&mut self, dir: &Path) -> anyhow::Result<()> {
+        let cannot = || format!("cannot read {}", dir.display());
+        for entry in std::fs::read_dir(dir).with_context(cannot)? {
+            self.count(&entry.with_context(cannot)?.path());
+        }
+        Ok(())
+    }
+}
+
+impl std::ops::AddAssign for Swept {
+    fn add_assign(&mut self, other: Self) {
+        self.files += other.files;
+        self.bytes += other.bytes;
+    }
+}
+
 /// A lock on the shelf; released by dropping it.
 pub type Hold = Flock<File>;
 
@@ -137,7 +160,7 @@ impl Shelf {
     }
 
     /// Forces names to the disk.
-    pub(super) fn sync(&self) -> anyhow::Result<()> {
+    pub(crate) fn flush(&self) -> anyhow::Result<()> {
         for dir in [self.chunks(), self.bases()] {
             File::open(&dir)
                 .and_then(|dir| dir.sync_all())
@@ -165,6 +188,23 @@ impl Shelf {
         }))
     }
 
+    /// Compares a file with the name that it is to have as a chunk.
+    ///
+    /// # Errors
+    /// It cannot be read.
+    pub fn check(file: &File, name: &Digest) -> anyhow::Result<Option<Damage>> {
+        chunk::verify(file, name, |_| {})
+    }
+
+    /// Takes a file that was [checked](Self::check) and flushed for a chunk, unless there is one like it.
+    pub(crate) fn admit(&self, name: &Digest, from: &Path) -> anyhow::Result<()> {
+        let to = self.chunk_path(name);
+        if !to.exists() {
+            std::fs::rename(from, &to).with_context(|| format!("cannot make {}", to.display()))?;
+        }
+        Ok(())
+    }
+
     /// Reads a chunk through. `each` hears of the bytes read.
     ///
     /// # Errors
@@ -177,7 +217,7 @@ impl Shelf {
     }
 
     /// Keeps a base under its digest, however its first file fares.
-    pub(super) fn adopt(&self, base: &Base) -> anyhow::Result<()> {
+    pub(crate) fn adopt(&self, base: &Base) -> anyhow::Result<()> {
         let to = self.bases().join(&base.sha256);
         if to.exists() {
             return Ok(());
@@ -256,8 +296,7 @@ impl Shelf {
                 {
                     continue;
                 }
-                swept.files += 1;
-                swept.bytes += disk_bytes(&entry.path());
+                swept.count(&entry.path());
                 if !dry_run {
                     std::fs::remove_file(entry.path())
                         .with_context(|| format!("cannot remove {}", entry.path().display()))?;

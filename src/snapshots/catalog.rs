@@ -2,13 +2,14 @@
 //! runs. Nothing here changes a snapshot; [`Catalog::sweep`] removes what none needs.
 
 use std::collections::HashSet;
+use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 use thaw_vmm::snapshot::PageMap;
 
 use super::manifest::{MAP, Manifest};
-use super::{directories, manifest_in, named, open, snapshots_dir};
+use super::{archive, directories, manifest_in, named, open, snapshots_dir};
 use crate::image::manifest::Part;
 use crate::layers::{Damage, Layers, PAGE, Shelf, Swept};
 use crate::template::manifest::STATE;
@@ -150,7 +151,7 @@ impl Catalog {
         own(STATE, &snapshot.state);
         let map = match own(MAP, &snapshot.memory.map) {
             true => {
-                let file = std::fs::File::open(dir.join(MAP)).context("cannot open its map")?;
+                let file = File::open(dir.join(MAP)).context("cannot open its map")?;
                 PageMap::read(&file).ok()
             }
             false => None,
@@ -188,17 +189,21 @@ impl Catalog {
         Ok(faults)
     }
 
+    /// Opens a snapshot's state and memory; all of it is compared with its digests.
+    ///
+    /// # Errors
+    /// Something is missing or damaged.
+    pub fn layers(&self, snapshot: &Manifest) -> anyhow::Result<(File, Layers)> {
+        open(&self.dir.join(&snapshot.id), snapshot, &self.shelf)
+            .with_context(|| format!("snapshot {}", snapshot.id))
+    }
+
     /// Compares the memory of two snapshots, page by page.
     ///
     /// # Errors
     /// They are of different sizes, or damaged.
     pub fn diff(&self, a: &Manifest, b: &Manifest) -> anyhow::Result<Difference> {
-        let layers = |one: &Manifest| {
-            let opened = open(&self.dir.join(&one.id), one, &self.shelf);
-            let (_, layers) = opened.with_context(|| format!("snapshot {}", one.id))?;
-            anyhow::Ok(layers)
-        };
-        let (first, second) = (layers(a)?, layers(b)?);
+        let ((_, first), (_, second)) = (self.layers(a)?, self.layers(b)?);
         if first.map.pages() != second.map.pages() {
             bail!(
                 "one has {} MiB and the other {}",
@@ -240,7 +245,12 @@ impl Catalog {
     /// # Errors
     /// The directories cannot be read.
     pub fn sweep(&self, dry_run: bool) -> anyhow::Result<Option<Swept>> {
-        self.shelf.sweep(dry_run, || named(&self.dir))
+        let mut swept = archive::sweep(&self.dir, dry_run)?;
+        let chunks = self.shelf.sweep(dry_run, || named(&self.dir))?;
+        Ok(chunks.map(|chunks| {
+            swept += chunks;
+            swept
+        }))
     }
 }
 

@@ -11,9 +11,7 @@ use anyhow::Context;
 use nix::sys::statvfs::statvfs;
 
 use super::manifest::{Chunk, FORMAT, MAP, MemoryLayers};
-use super::{
-    Entry, FAILURES_TOLD, Kind, Manifest, SnapshotError, Snapshots, Status, blocking, snapshots_dir,
-};
+use super::{Entry, FAILURES_TOLD, Kind, Manifest, SnapshotError, Snapshots, Status, blocking};
 use crate::image::manifest::Part;
 use crate::image::scratch::Scratch;
 use crate::layers::{Frost, Kept, PAGE, Shelf};
@@ -22,10 +20,10 @@ use crate::store::now_ms;
 use crate::template::cpu::Cpu;
 use crate::template::manifest::{FILE, STATE};
 
-const MIB: u64 = 1 << 20;
+pub(super) const MIB: u64 = 1 << 20;
 
 /// Largest state of a VM, as workers bound it.
-const MOST_STATE: u64 = 4 << 20;
+pub(super) const MOST_STATE: u64 = 4 << 20;
 
 /// A snapshot that is wanted.
 #[derive(Clone, Debug)]
@@ -172,13 +170,11 @@ impl Snapshots {
         });
         let (scratch, hold, out, manifest) = written.await.map_err(SnapshotError::NotMade)?;
         self.check_size(&manifest)?;
-        let (dir, parent) = (self.dir(id), snapshots_dir(&self.data_dir));
+        let dir = self.dir(id);
         let published = blocking(move || {
             // Order: the chunks have their names, then the files are whole, then the directory gets its name. Only
             // then may a sweep come: it would take the chunks for garbage before.
-            std::fs::rename(&out, &dir)
-                .with_context(|| format!("cannot make {}", dir.display()))?;
-            flush_dir(&parent)?;
+            publish(&out, &dir)?;
             drop((hold, scratch));
             Ok(())
         });
@@ -246,7 +242,12 @@ fn used(known: &HashMap<String, Entry>, tenant: &str, more: Option<&Manifest>) -
 }
 
 /// Writes a snapshot's files into a directory of their own, all of it on the disk; gives that.
-fn write(scratch: &Path, state: &[u8], map: &[u8], manifest: &Manifest) -> anyhow::Result<PathBuf> {
+pub(super) fn write(
+    scratch: &Path,
+    state: &[u8],
+    map: &[u8],
+    manifest: &Manifest,
+) -> anyhow::Result<PathBuf> {
     let out = scratch.join("snapshot");
     std::fs::DirBuilder::new()
         .mode(0o700)
@@ -267,6 +268,12 @@ fn write(scratch: &Path, state: &[u8], map: &[u8], manifest: &Manifest) -> anyho
     manifest.write(&out.join(FILE))?;
     flush_dir(&out)?;
     Ok(out)
+}
+
+/// Gives a directory that is whole its name.
+pub(super) fn publish(out: &Path, dir: &Path) -> anyhow::Result<()> {
+    std::fs::rename(out, dir).with_context(|| format!("cannot make {}", dir.display()))?;
+    flush_dir(dir.parent().context("a snapshot is in no directory")?)
 }
 
 /// A frozen VM's state; a worker never writes a larger one than it reads.
@@ -318,7 +325,7 @@ impl Manifest {
 }
 
 /// What this user may still write to the file system, MiB.
-fn free_mib(dir: &Path) -> anyhow::Result<u64> {
+pub(super) fn free_mib(dir: &Path) -> anyhow::Result<u64> {
     let found = statvfs(dir).with_context(|| format!("cannot look at {}", dir.display()))?;
     Ok(found.blocks_available() * found.fragment_size() / MIB)
 }

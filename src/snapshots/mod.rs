@@ -5,6 +5,7 @@
 //! that it needs is on the disk, so what is there is whole. The directories are the truth; what is being made or has failed is known
 //! in memory only.
 
+mod archive;
 mod catalog;
 mod make;
 pub mod manifest;
@@ -20,6 +21,7 @@ use anyhow::Context;
 use thaw_vmm::snapshot::PageMap;
 use tokio::sync::Semaphore;
 
+pub use archive::{Export, Import, Imported};
 pub use catalog::{Catalog, Difference, Fault};
 pub use make::Wish;
 pub use manifest::{Ground, Kind, Manifest};
@@ -136,6 +138,8 @@ pub struct Snapshots {
     ground: Ground,
     config: SnapshotConfig,
     known: Mutex<HashMap<String, Entry>>,
+    /// Those that are being removed. Locked after `known`, never before it.
+    leaving: Mutex<HashSet<String>>,
     /// Each one being made, or read through for the first time, keeps a core and the disk busy.
     hands: Semaphore,
 }
@@ -175,6 +179,7 @@ impl Snapshots {
             hands: Semaphore::new(config.concurrency.max(1)),
             config,
             known: Mutex::new(known),
+            leaving: Mutex::default(),
         };
         sweep(&snapshots.shelf, &dir);
         Ok(snapshots)
@@ -194,6 +199,10 @@ impl Snapshots {
 
     /// The tenant's own snapshots, newest first.
     pub fn list(&self, tenant: &TenantId) -> Vec<View> {
+        match directories(&snapshots_dir(&self.data_dir)) {
+            Ok(found) => found.iter().for_each(|dir| self.notice(dir)),
+            Err(error) => tracing::warn!("new snapshots cannot be looked for: {error:#}"),
+        }
         let known = self.known();
         let mine = known
             .values()
@@ -211,6 +220,7 @@ impl Snapshots {
     /// # Errors
     /// [`SnapshotError::NotFound`], for another tenant's too.
     pub fn get(&self, tenant: &TenantId, id: &str) -> Result<View, SnapshotError> {
+        self.notice_id(id);
         let known = self.known();
         let found = known
             .get(id)
@@ -222,6 +232,7 @@ impl Snapshots {
 
     /// Whether there is something by this id to be restored.
     pub fn has(&self, id: &str) -> bool {
+        self.notice_id(id);
         let known = self.known();
         known
             .get(id)
@@ -233,6 +244,7 @@ impl Snapshots {
     /// # Errors
     /// It is not there, is being made, or cannot be removed.
     pub async fn delete(&self, tenant: &TenantId, id: &str) -> Result<Manifest, SnapshotError> {
+        self.notice_id(id);
         let manifest = {
             let mut known = self.known();
             let found = known
@@ -244,13 +256,15 @@ impl Snapshots {
                 Some(_) => {}
             }
             let entry = known.remove(id);
+            self.leaving().insert(id.to_owned());
             entry
                 .ok_or_else(|| SnapshotError::NotFound(id.to_owned()))?
                 .manifest
         };
         let dir = self.dir(id);
-        let removed = blocking(move || remove(&dir));
-        removed.await.map_err(SnapshotError::NotMade)?;
+        let removed = blocking(move || remove(&dir)).await;
+        self.leaving().remove(id);
+        removed.map_err(SnapshotError::NotMade)?;
         self.sweep_soon().await;
         Ok(manifest)
     }
@@ -265,6 +279,7 @@ impl Snapshots {
         tenant: &TenantId,
         id: &str,
     ) -> Result<(Arc<Frozen>, Manifest), SnapshotError> {
+        self.notice_id(id);
         let manifest = {
             let known = self.known();
             let found = known
@@ -308,6 +323,37 @@ impl Snapshots {
             memory: Arc::new(memory),
         };
         Ok((Arc::new(frozen), manifest))
+    }
+
+    /// Looks for a snapshot that was imported while the server runs.
+    fn notice_id(&self, id: &str) {
+        if uuid::Uuid::parse_str(id).is_ok_and(|uuid| uuid.to_string() == id) {
+            self.notice(&self.dir(id));
+        }
+    }
+
+    /// Takes what is in a directory into the books, unless it is there or going.
+    fn notice(&self, dir: &Path) {
+        let mut known = self.known();
+        let id = dir.file_name().and_then(|name| name.to_str());
+        let Some(id) = id.filter(|id| !known.contains_key(*id)) else {
+            return;
+        };
+        // Under both locks: what is being deleted loses its manifest only after it is noted as leaving.
+        if self.leaving().contains(id) || !dir.join(FILE).exists() {
+            return;
+        }
+        match manifest_in(dir) {
+            Ok(manifest) => {
+                let status = Status::Ready;
+                known.insert(id.to_owned(), Entry { manifest, status });
+            }
+            Err(error) => tracing::debug!("{} is left alone: {error:#}", dir.display()),
+        }
+    }
+
+    fn leaving(&self) -> MutexGuard<'_, HashSet<String>> {
+        self.leaving.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn dir(&self, id: &str) -> PathBuf {
@@ -402,6 +448,9 @@ fn named(snapshots: &Path) -> anyhow::Result<HashSet<String>> {
 /// Removes what no snapshot on the disk names. Nothing depends on it: what cannot be removed now is for the next time,
 /// and nothing is while it cannot be known what is needed.
 fn sweep(shelf: &Shelf, snapshots: &Path) {
+    if let Err(error) = archive::sweep(snapshots, false) {
+        tracing::warn!("what imports have left is still there: {error:#}");
+    }
     match shelf.sweep(false, || named(snapshots)) {
         Ok(Some(swept)) if swept.files > 0 => tracing::info!(
             files = swept.files,

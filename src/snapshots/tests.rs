@@ -12,7 +12,7 @@ use super::*;
 use crate::layers::tests::frost;
 use crate::layers::{Base, Frost, memory_file};
 use crate::session::{Channel, Run, SessionId, Vm, VmFigures};
-use crate::vms::tests::ground;
+pub(super) use crate::vms::tests::ground;
 
 /// A VM that can be frozen and nothing else.
 #[derive(Debug)]
@@ -35,6 +35,9 @@ impl Vm for Still {
             anyhow::ensure!(self.pages > 0, "it does not hold still");
             let memory = memory_file("base")?;
             memory.set_len(64 << 20)?;
+            for page in [5, 700, (64 << 8) - 1] {
+                memory.write_all_at(&[7; PAGE], page * PAGE as u64)?;
+            }
             let sha256 = crate::template::memory::measure(&memory)?.sha256;
             let base = Arc::new(Base {
                 file: Arc::new(memory),
@@ -60,7 +63,7 @@ impl Vm for Still {
     }
 }
 
-fn config() -> SnapshotConfig {
+pub(super) fn config() -> SnapshotConfig {
     SnapshotConfig {
         disk_floor_mib: 0,
         max_per_tenant: 3,
@@ -69,7 +72,7 @@ fn config() -> SnapshotConfig {
     }
 }
 
-fn tenant(name: &str) -> TenantId {
+pub(super) fn tenant(name: &str) -> TenantId {
     TenantId(name.into())
 }
 
@@ -86,7 +89,11 @@ fn wish(owner: &str) -> Wish {
     }
 }
 
-async fn make(snapshots: &Snapshots, owner: &str, pages: usize) -> Result<String, SnapshotError> {
+pub(super) async fn make(
+    snapshots: &Snapshots,
+    owner: &str,
+    pages: usize,
+) -> Result<String, SnapshotError> {
     let id = snapshots.begin(&wish(owner))?;
     snapshots.make(&id, Arc::new(Still { pages })).await?;
     Ok(id)

@@ -109,7 +109,7 @@ pub fn copy(file: &File, to: &File) -> anyhow::Result<()> {
 }
 
 /// Calls `visit` with every page that is not all zeroes: its number and its bytes, in order.
-fn for_each_page(
+pub(crate) fn for_each_page(
     file: &File,
     mut visit: impl FnMut(u64, &[u8]) -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {

@@ -57,6 +57,9 @@ pub struct PageMap {
 }
 
 impl PageMap {
+    /// Longest map as a file, bytes.
+    pub const MAX_BYTES: u64 = HEAD as u64 + MAX_PAGES * ENTRY as u64;
+
     /// The map of a VM of so many pages that are all its base's.
     #[must_use]
     pub fn base(pages: u64) -> Self {
@@ -218,7 +221,7 @@ impl PageMap {
     /// As [`Self::decode`], or it cannot be read.
     pub fn read(file: &File) -> Result<Self, SnapshotError> {
         let length = file.metadata().map_err(io("reading the page map"))?.len();
-        if length > HEAD as u64 + MAX_PAGES * ENTRY as u64 {
+        if length > Self::MAX_BYTES {
             return Err(SnapshotError::Damaged("its page map is too long".into()));
         }
         let mut bytes = vec![0; length as usize];

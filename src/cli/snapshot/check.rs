@@ -1,0 +1,95 @@
+//! Checking and comparing snapshots, and removing what none needs.
+
+use std::process::ExitCode;
+
+use anyhow::bail;
+use serde_json::json;
+
+use super::super::table::human_bytes;
+use super::{bar, short};
+use crate::snapshots::{Catalog, Manifest};
+
+pub(super) fn verify(
+    catalog: &Catalog,
+    wanted: Option<&str>,
+    as_json: bool,
+) -> anyhow::Result<ExitCode> {
+    let chosen: Vec<&Manifest> = match wanted {
+        Some(wanted) => vec![catalog.find(wanted)?],
+        None => catalog.snapshots.iter().collect(),
+    };
+    let bytes = chosen.iter().map(|one| {
+        let chunks: u64 = one.memory.chunks.iter().map(|chunk| chunk.bytes).sum();
+        chunks + one.state.bytes + one.memory.map.bytes
+    });
+    let bar = bar(bytes.sum());
+    let mut bad = 0;
+    for one in &chosen {
+        bar.set_message(short(&one.id));
+        let faults = catalog.verify(one, |bytes| bar.inc(bytes))?;
+        bad += usize::from(!faults.is_empty());
+        let said: Vec<String> = faults.iter().map(ToString::to_string).collect();
+        bar.suspend(|| {
+            if as_json {
+                println!(
+                    "{}",
+                    json!({ "id": one.id, "sound": said.is_empty(), "faults": said })
+                );
+            } else if said.is_empty() {
+                println!("snapshot {} is sound", one.id);
+            }
+            for fault in said.iter().filter(|_| !as_json) {
+                println!("snapshot {}: {fault}", one.id);
+            }
+        });
+    }
+    bar.finish_and_clear();
+    if bad > 0 {
+        bail!(
+            "{bad} of {} snapshots are damaged; they will not be restored: delete them, and look after the disk",
+            chosen.len()
+        );
+    }
+    if chosen.is_empty() && !as_json {
+        println!("there are no snapshots");
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+pub(super) fn diff(catalog: &Catalog, a: &str, b: &str, as_json: bool) -> anyhow::Result<()> {
+    let (a, b) = (catalog.find(a)?, catalog.find(b)?);
+    let found = catalog.diff(a, b)?;
+    if as_json {
+        println!("{}", json!({ "a": a.id, "b": b.id, "memory": found }));
+        return Ok(());
+    }
+    println!(
+        "{} of {} MiB of memory differ: {} pages, of which {} became zeroes and {} were zeroes",
+        human_bytes(found.pages * 4096),
+        a.memory_mib,
+        found.pages,
+        found.zeroed,
+        found.filled
+    );
+    Ok(())
+}
+
+pub(super) fn gc(catalog: &Catalog, dry_run: bool, as_json: bool) -> anyhow::Result<()> {
+    let Some(swept) = catalog.sweep(dry_run)? else {
+        bail!("a snapshot is being made just now; try again when it is done");
+    };
+    if as_json {
+        println!(
+            "{}",
+            json!({ "dry_run": dry_run, "files": swept.files, "bytes": swept.bytes })
+        );
+    } else {
+        let done = if dry_run { "would be" } else { "were" };
+        println!(
+            "{} files with {} that no snapshot needs {done} removed",
+            swept.files,
+            human_bytes(swept.bytes)
+        );
+    }
+    Ok(())
+}

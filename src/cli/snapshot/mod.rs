@@ -1,0 +1,124 @@
+//! `thaw snapshot`: snapshots as files, looked at, checked, compared and carried.
+
+mod carry;
+mod check;
+mod look;
+
+use std::io::IsTerminal;
+use std::process::ExitCode;
+
+use clap::{Args, Subcommand};
+use indicatif::{ProgressBar, ProgressStyle};
+
+use super::{DataDir, exit};
+use crate::snapshots::Catalog;
+
+/// List, inspect, verify, compare and carry snapshots, and see how they descend.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Snapshots are made by the API (`POST /v1/vms/{id}/snapshot`) and share what they have in common. These
+commands read the data directory; a server may run meanwhile.
+  thaw snapshot list                 what there is, and what each alone takes
+  thaw snapshot tree                 which came from which
+  thaw snapshot verify               read every byte; a corrupt page is named
+  thaw snapshot diff A B             how much memory differs
+  thaw snapshot gc --dry-run         what no snapshot needs
+  thaw snapshot export A a.thaw      one file, for another host; goes on where it broke off
+  thaw snapshot import a.thaw        a running server offers it at once
+A snapshot is called by its id, the beginning of that, or its name.")]
+pub struct SnapshotArgs {
+    #[command(flatten)]
+    data: DataDir,
+    /// Print JSON: one object a line.
+    #[arg(long, global = true)]
+    json: bool,
+    #[command(subcommand)]
+    command: SnapshotCommand,
+}
+
+#[derive(Debug, Subcommand)]
+enum SnapshotCommand {
+    /// List snapshots, oldest first.
+    List {
+        /// Suspended VMs, too.
+        #[arg(short, long)]
+        all: bool,
+    },
+    /// Say what a snapshot is.
+    Inspect {
+        /// The snapshot.
+        snapshot: String,
+    },
+    /// Read every byte and compare digests; without a snapshot: of all.
+    Verify {
+        /// The snapshot.
+        snapshot: Option<String>,
+    },
+    /// Compare the memory of two snapshots.
+    Diff {
+        /// The first.
+        a: String,
+        /// The second.
+        b: String,
+    },
+    /// Draw which snapshot's VM came from which.
+    Tree,
+    /// Remove chunks and bases that no snapshot needs.
+    Gc {
+        /// Only say what would be removed.
+        #[arg(long)]
+        dry_run: bool,
+    },
+    /// Write a snapshot and all that it needs as one file.
+    Export(carry::ExportArgs),
+    /// Put a snapshot from a file among those that are here.
+    Import(carry::ImportArgs),
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// What failed, why, and what to do.
+pub fn run(args: &SnapshotArgs) -> anyhow::Result<ExitCode> {
+    if let SnapshotCommand::Import(import) = &args.command {
+        return carry::import(&args.data, import, args.json);
+    }
+    let catalog =
+        Catalog::open(&args.data.path()).map_err(|error| exit::with(exit::DATA_DIR, error))?;
+    for (path, why) in &catalog.unreadable {
+        eprintln!("{} is left alone: {why}", path.display());
+    }
+    match &args.command {
+        SnapshotCommand::List { all } => look::list(&catalog, *all, args.json),
+        SnapshotCommand::Inspect { snapshot } => {
+            look::inspect(&catalog, catalog.find(snapshot)?, args.json);
+        }
+        SnapshotCommand::Verify { snapshot } => {
+            return check::verify(&catalog, snapshot.as_deref(), args.json);
+        }
+        SnapshotCommand::Diff { a, b } => check::diff(&catalog, a, b, args.json)?,
+        SnapshotCommand::Tree => look::tree(&catalog, args.json),
+        SnapshotCommand::Gc { dry_run } => check::gc(&catalog, *dry_run, args.json)?,
+        SnapshotCommand::Export(export) => carry::export(&catalog, export, args.json)?,
+        // Needs no snapshots to be there.
+        SnapshotCommand::Import(_) => {}
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// As much of an id as people compare.
+fn short(id: &str) -> String {
+    id.chars().take(8).collect()
+}
+
+/// A bar for so many bytes; none without a terminal.
+fn bar(bytes: u64) -> ProgressBar {
+    let bar = match std::io::stderr().is_terminal() {
+        true => ProgressBar::new(bytes),
+        false => ProgressBar::hidden(),
+    };
+    if let Ok(style) = ProgressStyle::with_template("{bar:40} {bytes}/{total_bytes} {msg}") {
+        bar.set_style(style);
+    }
+    bar
+}
