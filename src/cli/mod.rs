@@ -8,7 +8,7 @@ pub mod image;
 pub mod key;
 mod keys_help;
 pub mod plan;
-
+pub mod remote;
 pub mod serve;
 pub mod snapshot;
 mod start;

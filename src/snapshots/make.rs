@@ -63,6 +63,15 @@ impl Snapshots {
             return Err(SnapshotError::TooMany { limit });
         }
         self.check_bytes(used(&known, &wish.tenant.0, None))?;
+        // What the VM was when it was last frozen; before the first time, what it was restored from.
+        let before = known.values().filter(|entry| {
+            let one = &entry.manifest;
+            entry.status == Status::Ready
+                && (one.kind, &one.vm_id, &one.tenant) == (Kind::User, &wish.vm_id, &wish.tenant.0)
+        });
+        let last = before.max_by_key(|entry| entry.manifest.created_ms);
+        let parent = last.map(|entry| entry.manifest.id.clone());
+        let parent = parent.or_else(|| wish.parent.clone());
         let name = if wish.name.is_empty() {
             &id
         } else {
@@ -89,7 +98,7 @@ impl Snapshots {
             state: Part::default(),
             memory: MemoryLayers::default(),
             disk_bytes: 0,
-            parent: wish.parent.clone(),
+            parent,
         };
         let entry = Entry {
             manifest,

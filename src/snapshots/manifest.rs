@@ -73,7 +73,8 @@ pub struct Manifest {
     pub memory: MemoryLayers,
     /// Bytes that it added to the disk when it was made.
     pub disk_bytes: u64,
-    /// The snapshot that its VM was restored from, if that was not a template.
+    /// The snapshot that was made of its VM before it, else the one that the VM was restored from, if that was not a
+    /// template.
     #[serde(default)]
     pub parent: Option<String>,
 }

@@ -3,6 +3,7 @@
 mod carry;
 mod check;
 mod look;
+mod run;
 
 use std::io::IsTerminal;
 use std::process::ExitCode;
@@ -16,8 +17,11 @@ use crate::snapshots::Catalog;
 /// List, inspect, verify, compare and carry snapshots, and see how they descend.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Snapshots are made by the API (`POST /v1/vms/{id}/snapshot`) and share what they have in common. These
-commands read the data directory; a server may run meanwhile.
+Snapshots share what they have in common. create, exec and bisect ask a running server; the others read the data
+directory, whether or not a server runs.
+  thaw snapshot create VM            freeze a copy of a VM or a session that runs; it goes on running
+  thaw snapshot exec A -- CMD        run a command on a snapshot and throw the result away
+  thaw snapshot bisect A..B -- CMD   the first snapshot after A where a command fails
   thaw snapshot list                 what there is, and what each alone takes
   thaw snapshot tree                 which came from which
   thaw snapshot verify               read every byte; a corrupt page is named
@@ -61,6 +65,12 @@ enum SnapshotCommand {
         /// The second.
         b: String,
     },
+    /// Freeze a copy of a VM that runs, memory included.
+    Create(run::CreateArgs),
+    /// Run a command on a snapshot and throw the result away; its exit code is this one's.
+    Exec(run::ExecArgs),
+    /// Find the first snapshot of a lineage where a command fails.
+    Bisect(run::BisectArgs),
     /// Draw which snapshot's VM came from which.
     Tree,
     /// Remove chunks and bases that no snapshot needs.
@@ -80,8 +90,12 @@ enum SnapshotCommand {
 /// # Errors
 /// What failed, why, and what to do.
 pub fn run(args: &SnapshotArgs) -> anyhow::Result<ExitCode> {
-    if let SnapshotCommand::Import(import) = &args.command {
-        return carry::import(&args.data, import, args.json);
+    match &args.command {
+        SnapshotCommand::Import(import) => return carry::import(&args.data, import, args.json),
+        SnapshotCommand::Create(create) => return run::create(create, args.json),
+        SnapshotCommand::Exec(exec) => return run::exec(exec, args.json),
+        SnapshotCommand::Bisect(bisect) => return run::bisect(bisect, args.json),
+        _ => {}
     }
     let catalog =
         Catalog::open(&args.data.path()).map_err(|error| exit::with(exit::DATA_DIR, error))?;
@@ -100,8 +114,11 @@ pub fn run(args: &SnapshotArgs) -> anyhow::Result<ExitCode> {
         SnapshotCommand::Tree => look::tree(&catalog, args.json),
         SnapshotCommand::Gc { dry_run } => check::gc(&catalog, *dry_run, args.json)?,
         SnapshotCommand::Export(export) => carry::export(&catalog, export, args.json)?,
-        // Needs no snapshots to be there.
-        SnapshotCommand::Import(_) => {}
+        // These need no data directory, or no snapshots in it.
+        SnapshotCommand::Import(_)
+        | SnapshotCommand::Create(_)
+        | SnapshotCommand::Exec(_)
+        | SnapshotCommand::Bisect(_) => {}
     }
     Ok(ExitCode::SUCCESS)
 }

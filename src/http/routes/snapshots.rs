@@ -80,7 +80,7 @@ pub(super) const GROUP: Group = Group {
                         "error": nullable("string"), "oci_image": nullable("string"),
                         "size_bytes": { "type": "integer" }, "memory_mb": { "type": "integer" },
                         "vcpu_count": { "type": "integer" }, "vm_id": text(), "session_id": text(),
-                        "image": text(),
+                        "image": text(), "parent_snapshot_id": nullable("string"),
                     }),
                 ),
             ),
@@ -127,6 +127,7 @@ pub(super) fn shown(view: &View) -> Value {
         "vm_id": manifest.vm_id,
         "session_id": manifest.session_id,
         "image": manifest.image_name,
+        "parent_snapshot_id": manifest.parent,
     })
 }
 

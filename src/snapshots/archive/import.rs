@@ -26,6 +26,9 @@ const MOST_MANIFEST: u64 = 1 << 20;
 /// Largest memory of a VM, MiB, as the API bounds it.
 const MOST_MEMORY_MIB: u32 = 8192;
 
+/// Most that a machine has besides its guest's memory, bytes: the same GiB that page maps allow for.
+const MOST_BESIDES: u64 = 1 << 30;
+
 /// Longest text in a manifest.
 const MOST_TEXT: usize = 256;
 
@@ -234,7 +237,7 @@ impl<'a, R: Read> Parts<'a, R> {
         let entry = self.entries.next();
         let entry = entry
             .with_context(|| format!("the file ends where entry {name} belongs"))?
-            .context("the file breaks off or is no snapshot")?;
+            .context("the file breaks off, is damaged, or is no snapshot")?;
         let found = entry.path_bytes();
         ensure!(
             *found == *name.as_bytes() && entry.header().entry_type() == tar::EntryType::Regular,
@@ -314,9 +317,11 @@ fn parse(bytes: &[u8]) -> anyhow::Result<Manifest> {
         ensure!(fits, "its manifest has a text that is too long or odd");
     }
     let memory = &manifest.memory;
+    let size = u64::from(manifest.memory_mib) * MIB;
     ensure!(
         (1..=MOST_MEMORY_MIB).contains(&manifest.memory_mib)
-            && memory.bytes == u64::from(manifest.memory_mib) * MIB
+            && (size..=size + MOST_BESIDES).contains(&memory.bytes)
+            && memory.bytes.is_multiple_of(PAGE as u64)
             && (1..=256).contains(&manifest.vcpus),
         "its manifest has a VM of no size that there is"
     );

@@ -160,11 +160,13 @@ async fn another_machine_image_or_processor_is_refused_with_the_reason() {
     assert!(files(&to).is_empty());
 }
 
+type Lie = fn(&mut serde_json::Value);
+
 #[tokio::test]
 async fn a_manifest_that_lies_is_refused() {
     let (_from, one, file) = exported().await;
     let to = tempfile::tempdir().unwrap();
-    let lies: [(&str, fn(&mut serde_json::Value)); 9] = [
+    let lies: [(&str, Lie); 9] = [
         ("format", |m| m["format"] = (FORMAT + 1).into()),
         ("id", |m| m["id"] = "../../etc".into()),
         ("odd", |m| m["name"] = "\u{1b}[2J".into()),
