@@ -218,7 +218,7 @@ impl Default for VmConfig {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct SnapshotConfig {
-    /// Snapshots one user may have, suspended VMs included; more get 429.
+    /// Snapshots one user may have, suspended VMs included and hibernating ones not; more get 429.
     pub max_per_tenant: usize,
     /// MiB on disk that one user's snapshots may take together, suspended VMs included; more get 429.
     pub max_mib_per_tenant: u64,
@@ -231,6 +231,9 @@ pub struct SnapshotConfig {
     /// A VM without a command and without terminals for this many seconds hibernates: it is frozen to disk, and the
     /// next command wakes it. 0: never.
     pub hibernate_after_s: u64,
+    /// When the host is full and a VM is wanted, the one that has been idle longest hibernates, if that is at least
+    /// this many seconds. 0: none gives way, and the new one gets 429.
+    pub pressure_idle_s: u64,
 }
 
 impl Default for SnapshotConfig {
@@ -242,6 +245,8 @@ impl Default for SnapshotConfig {
             concurrency: 2,
             suspend_wait_s: 30,
             hibernate_after_s: 0,
+            // A notebook's user reads for longer than that; a program that calls in a loop does not pause so long.
+            pressure_idle_s: 10,
         }
     }
 }

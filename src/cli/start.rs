@@ -102,6 +102,11 @@ pub(super) async fn sessions(
     if !idle.is_zero() {
         tokio::spawn(vms.clone().hibernate_idle(idle));
     }
+    let idle = Duration::from_secs(config.snapshot.pressure_idle_s);
+    if !idle.is_zero() {
+        let wanted = sessions.room_wanted();
+        tokio::spawn(vms.clone().hibernate_for_room(idle, wanted));
+    }
     Ok(Started {
         sessions,
         vms,
@@ -118,7 +123,9 @@ async fn ledger(config: &Config, store: &Store, ground: Ground) -> anyhow::Resul
         .context("looking for snapshots was cut short")??;
     let audit = Audit::start(store.clone(), config.audit.clone());
     let keep = config.vm.keep_records;
-    Ok(Ledger::open(store.clone(), audit, Arc::new(snapshots), keep).await?)
+    let snapshots = Arc::new(snapshots);
+    tokio::spawn(snapshots.clone().keep_swept());
+    Ok(Ledger::open(store.clone(), audit, snapshots, keep).await?)
 }
 
 /// The image's name: the configured one, else the first that is built.

@@ -11,6 +11,7 @@ use super::metrics::Metrics;
 use super::output::Budget;
 use super::pool::Pool;
 use super::reaper::Reaper;
+use super::room::Room;
 use super::rows::SessionRows;
 use super::table::Table;
 use super::watch::VmWatch;
@@ -30,6 +31,7 @@ pub(crate) struct Core {
     /// Commands that have their turn.
     pub(crate) running: watch::Sender<usize>,
     pub(crate) draining: AtomicBool,
+    pub(crate) room: Room,
 }
 
 impl Core {

@@ -123,6 +123,11 @@ impl Limits {
         })
     }
 
+    /// The next one is admitted by what the host says then, not by an earlier reading.
+    pub(crate) fn read_memory_anew(&self) {
+        lock(&self.memory).read_at = None;
+    }
+
     fn admit_memory(&self) -> Result<(), SessionError> {
         let mut memory = lock(&self.memory);
         let now = Instant::now();

@@ -27,6 +27,7 @@ mod pool;
 mod process;
 mod reaper;
 mod refill;
+mod room;
 mod rows;
 #[allow(clippy::module_inception)]
 mod session;
@@ -46,6 +47,7 @@ pub use config::{PoolConfig, SessionConfig};
 pub use execute::Accepted;
 pub use feed::{Feed, Follower, Output};
 pub use process::{ProcessEvent, ProcessHandle, ProcessInput};
+pub use room::RoomWanted;
 pub use rows::{NoRows, SessionRow, SessionRows};
 pub use sessions::Sessions;
 pub use start::Begin;

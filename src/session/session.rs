@@ -248,15 +248,15 @@ impl Session {
         idle.then(|| state.last_used.elapsed())
     }
 
-    /// Its VM, if that has had no command for so long, has none now, and nothing else is open in it.
-    pub(crate) fn idle_vm(&self, after: Duration) -> Option<String> {
+    /// Its VM, if that has had no command for so long, has none now, and nothing else is open in it; and for how long.
+    pub(crate) fn idle_vm(&self, after: Duration) -> Option<(Duration, String)> {
         let state = lock(&self.state);
         let Slot::Active(live) = &state.slot else {
             return None;
         };
         let used = state.last_used.max(live.started).elapsed();
         let idle = used >= after && self.line.is_free() && !live.has_processes();
-        idle.then(|| live.vm_id.clone())
+        idle.then(|| (used, live.vm_id.clone()))
     }
 
     /// What can be told about it.

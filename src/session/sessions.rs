@@ -21,6 +21,7 @@ use super::pool::Pool;
 use super::process::ProcessHandle;
 use super::reaper::Reaper;
 use super::refill::refill;
+use super::room::Room;
 use super::rows::{SessionRow, SessionRows};
 use super::session::{Killed, Session};
 use super::start::NoVm;
@@ -130,6 +131,7 @@ impl Sessions {
             budget: Budget::new(config.output_total_bytes),
             running: watch::Sender::new(0),
             draining: AtomicBool::new(false),
+            room: Room::default(),
             config,
         });
         tokio::spawn(refill(pool, core.running.subscribe()));

@@ -9,6 +9,7 @@ use tokio::time::Instant;
 
 use super::core::Core;
 use super::identity::{identity, settle};
+use super::limits::{HostPermit, PlanPermit};
 use super::line::Full;
 use super::live::{End, Live};
 use super::metrics::{Degradation, Phase};
@@ -20,6 +21,9 @@ use super::watch::{Parting, VmEnd, VmStarted};
 
 /// Restored VMs that may fail to confirm their identity before the session is refused.
 const RENEW_TRIES: usize = 2;
+
+/// VMs that may give way to one: an idle one has less memory than one is reckoned with.
+const ROOM_TRIES: usize = 8;
 
 /// How long a VM restored from a snapshot is given to finish what it was at.
 const SETTLE: Duration = Duration::from_secs(10);
@@ -92,7 +96,7 @@ impl Core {
             from,
             resumes,
         } = begin;
-        let permits = self.limits.admit(&session.tenant, limits).await;
+        let permits = self.admit(session, limits).await;
         let permits = permits.inspect_err(|_| self.metrics.degraded(Degradation::Refused))?;
         let starting = session.starting(vm_id.clone());
         let restarted = starting.is_restart() && resumes.is_none();
@@ -138,6 +142,27 @@ impl Core {
             return Err(SessionError::ShuttingDown.into());
         }
         Ok((live, restarted))
+    }
+
+    /// Admits one more VM; on a full host, others that nobody uses may give way to it.
+    async fn admit(
+        &self,
+        session: &Session,
+        limits: PlanLimits,
+    ) -> Result<(PlanPermit, HostPermit), SessionError> {
+        let mut admitted = self.limits.admit(&session.tenant, limits).await;
+        for _ in 0..ROOM_TRIES {
+            let full = matches!(
+                admitted,
+                Err(SessionError::HostFull { .. } | SessionError::NoMemory)
+            );
+            if !full || !self.room.make().await {
+                break;
+            }
+            self.limits.read_memory_anew();
+            admitted = self.limits.admit(&session.tenant, limits).await;
+        }
+        admitted
     }
 
     /// Claims VMs until one confirms that it is this session's; the others are ended.

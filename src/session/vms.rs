@@ -250,14 +250,24 @@ impl Sessions {
         })
     }
 
-    /// VMs of sessions that have had no command for so long, and nothing else that is open in them.
+    /// VMs of sessions that have had no command for so long, and nothing else that is open in them; the least recently
+    /// used first.
     pub fn idle_vms(&self, after: Duration) -> Vec<(TenantId, String)> {
         let all = self.core.table.all().into_iter();
         let idle = all.filter_map(|session| {
-            let vm_id = session.idle_vm(after)?;
-            Some((session.tenant.clone(), vm_id))
+            let (idle, vm_id) = session.idle_vm(after)?;
+            Some((idle, session.tenant.clone(), vm_id))
         });
-        idle.collect()
+        let mut idle: Vec<_> = idle.collect();
+        idle.sort_by_key(|(idle, ..)| std::cmp::Reverse(*idle));
+        idle.into_iter()
+            .map(|(_, tenant, vm_id)| (tenant, vm_id))
+            .collect()
+    }
+
+    /// Requests for room on this host while it is full: whoever takes them frees a VM's place and says so.
+    pub fn room_wanted(&self) -> tokio::sync::mpsc::Receiver<super::RoomWanted> {
+        self.core.room.requests()
     }
 
     /// The tenant's sessions, newest first.

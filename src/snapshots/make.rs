@@ -54,11 +54,14 @@ impl Snapshots {
     pub fn begin(&self, wish: &Wish) -> Result<String, SnapshotError> {
         let id = uuid::Uuid::new_v4().to_string();
         let mut known = self.known();
+        // Those that hibernate are as many as there are sessions, which have a bound of their own.
         let mine = known.values().filter(|entry| {
-            entry.manifest.tenant == wish.tenant.0 && !matches!(entry.status, Status::Failed(_))
+            entry.manifest.tenant == wish.tenant.0
+                && entry.manifest.kind != Kind::Hibernated
+                && !matches!(entry.status, Status::Failed(_))
         });
         let count = mine.count();
-        if count >= self.config.max_per_tenant {
+        if wish.kind != Kind::Hibernated && count >= self.config.max_per_tenant {
             let limit = self.config.max_per_tenant;
             return Err(SnapshotError::TooMany { limit });
         }
@@ -117,7 +120,7 @@ impl Snapshots {
         let made = self.freeze(id, vm).await;
         if made.is_err() {
             // Chunks that were written for it are of no use now.
-            self.sweep_soon().await;
+            self.sweep_soon();
         }
         let mut known = self.known();
         match &made {

@@ -26,6 +26,8 @@ pub enum Kind {
     User,
     /// It is a suspended VM; it goes when that is resumed or ended.
     Suspended,
+    /// It is a hibernating VM; it goes when that wakes or ends.
+    Hibernated,
     /// It is between a VM and its clone; it goes at once.
     Clone,
 }

@@ -16,10 +16,11 @@ use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use anyhow::Context;
 use thaw_vmm::snapshot::PageMap;
-use tokio::sync::Semaphore;
+use tokio::sync::{Notify, Semaphore};
 
 pub use archive::{Export, Import, Imported};
 pub use catalog::{Catalog, Difference, Fault};
@@ -36,6 +37,9 @@ use crate::template::manifest::{FILE, STATE, read_json};
 
 /// Snapshots that failed are told of until this many more have.
 const FAILURES_TOLD: usize = 100;
+
+/// A sweep reads every manifest, so that many deletions share one.
+const BETWEEN_SWEEPS: Duration = Duration::from_secs(1);
 
 /// Why there is no snapshot.
 #[derive(Debug, thiserror::Error)]
@@ -140,6 +144,8 @@ pub struct Snapshots {
     known: Mutex<HashMap<String, Entry>>,
     /// Those that are being removed. Locked after `known`, never before it.
     leaving: Mutex<HashSet<String>>,
+    /// Something was removed that may have been the last to need its chunks.
+    dirty: Notify,
     /// Each one being made, or read through for the first time, keeps a core and the disk busy.
     hands: Semaphore,
 }
@@ -180,13 +186,27 @@ impl Snapshots {
             config,
             known: Mutex::new(known),
             leaving: Mutex::default(),
+            dirty: Notify::new(),
         };
         sweep(&snapshots.shelf, &dir);
         Ok(snapshots)
     }
 
+    /// Removes chunks that no snapshot names whenever there may be some. Never returns.
+    pub async fn keep_swept(self: Arc<Self>) {
+        loop {
+            self.dirty.notified().await;
+            self.sweep_now().await;
+            tokio::time::sleep(BETWEEN_SWEEPS).await;
+        }
+    }
+
+    fn sweep_soon(&self) {
+        self.dirty.notify_one();
+    }
+
     /// Removes chunks that no snapshot names, off the runtime's threads.
-    async fn sweep_soon(&self) {
+    async fn sweep_now(&self) {
         let (shelf, dir) = (self.shelf.clone(), snapshots_dir(&self.data_dir));
         let swept = blocking(move || {
             sweep(&shelf, &dir);
@@ -265,7 +285,7 @@ impl Snapshots {
         let removed = blocking(move || remove(&dir)).await;
         self.leaving().remove(id);
         removed.map_err(SnapshotError::NotMade)?;
-        self.sweep_soon().await;
+        self.sweep_soon();
         Ok(manifest)
     }
 

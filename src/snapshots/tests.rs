@@ -211,6 +211,7 @@ async fn the_next_server_removes_what_a_killed_one_left_and_nothing_else() {
     assert_eq!(std::fs::read_dir(&chunks).unwrap().count(), 1);
     assert!(next.frozen(&tenant("a"), &kept).await.is_ok());
     next.delete(&tenant("a"), &kept).await.unwrap();
+    next.sweep_now().await;
     assert_eq!(std::fs::read_dir(&chunks).unwrap().count(), 0);
 }
 

@@ -2,8 +2,10 @@
 
 use std::time::Duration;
 
+use tokio::sync::mpsc;
+
 use super::{Status, VmError, Vms};
-use crate::session::SessionError;
+use crate::session::{RoomWanted, SessionError};
 use crate::store::now_ms;
 
 /// Shortest and longest time between two looks for idle VMs.
@@ -11,6 +13,9 @@ const LOOK: (Duration, Duration) = (Duration::from_millis(250), Duration::from_s
 
 /// How long freezing an idle VM may wait for its turn: if a command has come meanwhile, it is not idle.
 const NO_WAIT: Duration = Duration::from_millis(20);
+
+/// Idle VMs that are tried for one place: the first may be used, or too large for the disk, just then.
+const MOST_TRIED: usize = 4;
 
 impl Vms {
     /// Hibernates VMs that have had no command for so long, and ends those whose lifetime passes while they
@@ -31,6 +36,30 @@ impl Vms {
                     }
                     Err(error) => tracing::warn!(vm = vm_id, "an idle VM goes on running: {error}"),
                 }
+            }
+        }
+    }
+
+    /// Hibernates the VM that has been idle longest, at least for so long, whenever the host is full and another is
+    /// wanted. Ends with the requests.
+    pub async fn hibernate_for_room(self, idle: Duration, mut wanted: mpsc::Receiver<RoomWanted>) {
+        while let Some(wanted) = wanted.recv().await {
+            let mut made = false;
+            for (tenant, vm_id) in self.sessions.idle_vms(idle).into_iter().take(MOST_TRIED) {
+                match self.freeze_and_end(&tenant, &vm_id, NO_WAIT, true).await {
+                    Ok(_) => {
+                        tracing::info!(
+                            vm = vm_id,
+                            "an idle VM hibernates, because the host is full"
+                        );
+                        made = true;
+                        break;
+                    }
+                    Err(error) => tracing::debug!(vm = vm_id, "it cannot give way: {error}"),
+                }
+            }
+            if wanted.send(made).is_err() {
+                tracing::debug!("whoever wanted room has gone");
             }
         }
     }

@@ -101,7 +101,11 @@ impl Vms {
             let (ledger, of) = (this.ledger.clone(), record.clone());
             let save = |vm| -> futures_util::future::BoxFuture<'static, _> {
                 Box::pin(async move {
-                    let parked = ledger.freeze(&of, Kind::Suspended, None, vm).await;
+                    let kind = match hibernates {
+                        true => Kind::Hibernated,
+                        false => Kind::Suspended,
+                    };
+                    let parked = ledger.freeze(&of, kind, None, vm).await;
                     let parked = parked.map_err(|e| SessionError::Conflict(e.to_string()))?;
                     // Before the VM ends: a command that comes then must find this.
                     ledger.change(&of.vm_id, |record| {

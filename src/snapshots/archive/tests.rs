@@ -75,6 +75,7 @@ async fn a_snapshot_arrives_whole_and_a_server_that_runs_offers_it() {
     let again = import(&to, &file[..], ground).unwrap();
     assert!(matches!(again, Imported::Known(_)));
     server.delete(&tenant("b"), &one.id).await.unwrap();
+    server.sweep_now().await;
     assert_eq!(files(&to), Vec::<String>::new());
     assert!(server.list(&tenant("b")).is_empty());
 }
