@@ -97,6 +97,7 @@ def test_many_hibernated_sessions_take_no_memory_and_all_come_back(start_server)
         done = session.python("print(mine)")
         took.append(time.monotonic() - began)
         assert done["stdout"] == f"{number}\n" and not done.get("vm_restarted")
+        session.kill()
     took.sort()
     print(f"woken in {took[len(took) // 2] * 1000:.1f} ms p50, {took[len(took) * 99 // 100] * 1000:.1f} ms p99")
 
