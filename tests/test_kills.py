@@ -8,6 +8,8 @@ import subprocess
 import threading
 import time
 
+import pytest
+
 from harness import THAW, wait_for
 from test_forks import Vm
 
@@ -153,6 +155,7 @@ class Killing:
             client.http.delete(f"{client.url}/v1/vms/{one['vm_id']}")
 
 
+@pytest.mark.timeout(120 + 3 * KILLS)
 def test_what_was_acknowledged_survives_kill_9_at_any_moment(start_server, tmp_path):
     server = start_server(config=CONFIG)
     killing = Killing(server, tmp_path)
