@@ -43,8 +43,17 @@ impl Remote {
     /// # Errors
     /// The server cannot be reached or refuses: [`Refused`].
     pub fn get(&self, path: &str) -> anyhow::Result<Value> {
-        let request = self.agent(PATIENCE)?.get(self.url(path));
-        self.answer(request.header("X-API-Key", &self.api_key).call(), PATIENCE)
+        self.get_slow(path, Duration::ZERO)
+    }
+
+    /// Asks for something that takes at most `runs` to find out.
+    ///
+    /// # Errors
+    /// As [`Self::get`].
+    pub fn get_slow(&self, path: &str, runs: Duration) -> anyhow::Result<Value> {
+        let patience = PATIENCE + runs;
+        let request = self.agent(patience)?.get(self.url(path));
+        self.answer(request.header("X-API-Key", &self.api_key).call(), patience)
     }
 
     /// Has something done that takes at most `runs` besides what any request takes.

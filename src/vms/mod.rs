@@ -4,6 +4,7 @@
 //! clients may do with them, [`Ledger`] the records, which the sessions report to.
 
 mod books;
+mod compare;
 mod fork;
 mod hibernate;
 mod ledger;
@@ -19,6 +20,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
+pub use compare::{Change, How};
 pub use fork::{Forked, MOST_FORKS};
 pub use ledger::Ledger;
 pub use record::{Options, Status, VmRecord};

@@ -1,13 +1,18 @@
 //! Checking and comparing snapshots, and removing what none needs.
 
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::bail;
-use serde_json::json;
+use serde_json::{Value, json};
 
-use super::super::table::human_bytes;
+use super::super::remote::Remote;
+use super::super::table::{Table, human_bytes};
 use super::{bar, short};
 use crate::snapshots::{Catalog, Manifest};
+
+/// Two guests list their files, each within a minute.
+const LISTING: Duration = Duration::from_secs(150);
 
 pub(super) fn verify(
     catalog: &Catalog,
@@ -56,11 +61,26 @@ pub(super) fn verify(
     Ok(ExitCode::SUCCESS)
 }
 
-pub(super) fn diff(catalog: &Catalog, a: &str, b: &str, as_json: bool) -> anyhow::Result<()> {
+pub(super) fn diff(
+    catalog: &Catalog,
+    a: &str,
+    b: &str,
+    remote: Option<&Remote>,
+    as_json: bool,
+) -> anyhow::Result<()> {
     let (a, b) = (catalog.find(a)?, catalog.find(b)?);
     let found = catalog.diff(a, b)?;
+    let files = remote.map(|remote| {
+        let path = format!("/v1/snapshots/{}/diff?to={}", a.id, b.id);
+        remote.get_slow(&path, LISTING)
+    });
+    let files = files.transpose()?;
     if as_json {
-        println!("{}", json!({ "a": a.id, "b": b.id, "memory": found }));
+        let mut said = json!({ "a": a.id, "b": b.id, "memory": found });
+        if let Some(files) = files {
+            said["files"] = files["changes"].clone();
+        }
+        println!("{said}");
         return Ok(());
     }
     println!(
@@ -71,7 +91,40 @@ pub(super) fn diff(catalog: &Catalog, a: &str, b: &str, as_json: bool) -> anyhow
         found.zeroed,
         found.filled
     );
+    if let Some(files) = files {
+        show_files(&files);
+    }
     Ok(())
+}
+
+/// A line a file, with its size before and after.
+fn show_files(files: &Value) {
+    let mut table = Table::new(&[]);
+    for change in files["changes"].as_array().into_iter().flatten() {
+        let text = |name: &str| change[name].as_str().unwrap_or_default().to_owned();
+        let bytes = |name: &str| change[name].as_u64();
+        let sign = match text("how").as_str() {
+            "added" => "+",
+            "removed" => "-",
+            _ => "~",
+        };
+        let size = match (bytes("bytes_before"), bytes("bytes_after")) {
+            _ if text("kind") == "directory" => String::new(),
+            (Some(before), Some(after)) if before == after => human_bytes(after),
+            (Some(before), Some(after)) => {
+                format!("{} → {}", human_bytes(before), human_bytes(after))
+            }
+            (before, after) => human_bytes(before.or(after).unwrap_or(0)),
+        };
+        // A guest chose the name: nothing in it may steer the terminal.
+        let path = text("path").replace(char::is_control, "?");
+        table.row([sign.to_owned(), path, size]);
+    }
+    print!("{table}");
+    println!(
+        "{} files added, {} removed, {} changed",
+        files["added"], files["removed"], files["changed"]
+    );
 }
 
 pub(super) fn gc(catalog: &Catalog, dry_run: bool, as_json: bool) -> anyhow::Result<()> {

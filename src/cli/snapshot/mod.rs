@@ -11,6 +11,7 @@ use std::process::ExitCode;
 use clap::{Args, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
 
+use super::remote::Remote;
 use super::{DataDir, exit};
 use crate::snapshots::Catalog;
 
@@ -58,12 +59,17 @@ enum SnapshotCommand {
         /// The snapshot.
         snapshot: Option<String>,
     },
-    /// Compare the memory of two snapshots.
+    /// Compare the memory of two snapshots, and their files if a server is asked.
     Diff {
         /// The first.
         a: String,
         /// The second.
         b: String,
+        /// The files in the guests, too; a server restores both for a moment.
+        #[arg(long, requires = "api_key")]
+        files: bool,
+        #[command(flatten)]
+        remote: Option<Remote>,
     },
     /// Freeze a copy of a VM that runs, memory included.
     Create(run::CreateArgs),
@@ -110,7 +116,15 @@ pub fn run(args: &SnapshotArgs) -> anyhow::Result<ExitCode> {
         SnapshotCommand::Verify { snapshot } => {
             return check::verify(&catalog, snapshot.as_deref(), args.json);
         }
-        SnapshotCommand::Diff { a, b } => check::diff(&catalog, a, b, args.json)?,
+        SnapshotCommand::Diff {
+            a,
+            b,
+            files,
+            remote,
+        } => {
+            let remote = remote.as_ref().filter(|_| *files);
+            check::diff(&catalog, a, b, remote, args.json)?;
+        }
         SnapshotCommand::Tree => look::tree(&catalog, args.json),
         SnapshotCommand::Gc { dry_run } => check::gc(&catalog, *dry_run, args.json)?,
         SnapshotCommand::Export(export) => carry::export(&catalog, export, args.json)?,

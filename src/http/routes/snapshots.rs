@@ -10,6 +10,7 @@ use crate::http::error::ApiError;
 use crate::http::openapi::{array, nullable, object, text, time, truth};
 use crate::http::reply::{self, Reply, iso_ms};
 use crate::snapshots::{Status, View};
+use crate::vms::How;
 
 /// What this file answers.
 pub(super) const GROUP: Group = Group {
@@ -55,6 +56,22 @@ pub(super) const GROUP: Group = Group {
             handler: |call| Box::pin(get(call)),
         },
         Endpoint {
+            method: "GET",
+            path: "/v1/snapshots/{snapshot_id}/diff",
+            name: "diff_snapshots",
+            summary: "Files that differ between two snapshots: both are restored for a moment and list theirs",
+            access: Access::Key,
+            query: &[Query {
+                name: "to",
+                kind: QueryKind::Required,
+                help: "The snapshot to compare with",
+            }],
+            takes: Takes::Nothing,
+            gives: "SnapshotDiff",
+            refuses: &[404, 409, 503],
+            handler: |call| Box::pin(diff(call)),
+        },
+        Endpoint {
             method: "DELETE",
             path: "/v1/snapshots/{snapshot_id}",
             name: "delete_snapshot",
@@ -85,6 +102,24 @@ pub(super) const GROUP: Group = Group {
                 ),
             ),
             ("Snapshots", array("Snapshot")),
+            (
+                "SnapshotDiff",
+                object(
+                    &["from", "to", "added", "removed", "changed", "changes"],
+                    json!({
+                        "from": text(), "to": text(), "added": { "type": "integer" },
+                        "removed": { "type": "integer" }, "changed": { "type": "integer" },
+                        "changes": { "type": "array", "items": object(
+                            &["path", "how", "kind"],
+                            json!({
+                                "path": text(), "kind": text(),
+                                "how": { "type": "string", "enum": ["added", "removed", "changed"] },
+                                "bytes_before": nullable("integer"), "bytes_after": nullable("integer"),
+                            }),
+                        ) },
+                    }),
+                ),
+            ),
             (
                 "SnapshotBuildRequest",
                 object(
@@ -129,6 +164,22 @@ pub(super) fn shown(view: &View) -> Value {
         "image": manifest.image_name,
         "parent_snapshot_id": manifest.parent,
     })
+}
+
+async fn diff(call: Call) -> Result<Reply, ApiError> {
+    let caller = call.caller()?;
+    let to = call.query(|fields| fields.required_string("to"))?;
+    let (from, to) = (call.path("snapshot_id"), to.unwrap_or_default());
+    let vms = &call.app.control.vms;
+    let changes = vms.changed_files(&caller.tenant, caller.limits, from, &to);
+    let changes = changes.await?;
+    let count = |how| changes.iter().filter(|change| change.how == how).count();
+    let said = json!({
+        "from": from, "to": to,
+        "added": count(How::Added), "removed": count(How::Removed), "changed": count(How::Changed),
+        "changes": changes,
+    });
+    Ok(reply::json(StatusCode::OK, &said))
 }
 
 async fn list(call: Call) -> Result<Reply, ApiError> {

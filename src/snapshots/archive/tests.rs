@@ -143,6 +143,29 @@ async fn no_damaged_byte_gets_in() {
 }
 
 #[tokio::test]
+async fn damage_in_what_is_staged_already_is_seen_all_the_same() {
+    let (_from, _, file) = exported().await;
+    let (mut passed, mut seen) = (Vec::new(), 0);
+    for at in (0..file.len()).step_by(file.len() / 211) {
+        let to = tempfile::tempdir().unwrap();
+        assert!(import(&to, &file[..file.len() - 20], ground).is_err());
+        let mut damaged = file.clone();
+        damaged[at] ^= 0x20;
+        let mut tar = Vec::new();
+        let unpacks = zstd::stream::copy_decode(&damaged[..], &mut tar).is_ok();
+        match import(&to, &damaged[..], ground) {
+            Ok(_) => passed.push((at, unpacks)),
+            Err(_) => seen += 1,
+        }
+    }
+    assert!(
+        passed.iter().all(|(_, unpacks)| *unpacks),
+        "{passed:?} of {}, {seen} seen",
+        file.len()
+    );
+}
+
+#[tokio::test]
 async fn another_machine_image_or_processor_is_refused_with_the_reason() {
     let (_from, _, file) = exported().await;
     let to = tempfile::tempdir().unwrap();
