@@ -32,6 +32,16 @@ pub enum Kind {
     Clone,
 }
 
+impl Kind {
+    /// Whether it is of use only as long as a VM's record, or who makes a clone, names it.
+    pub fn is_fleeting(self) -> bool {
+        match self {
+            Self::User => false,
+            Self::Suspended | Self::Hibernated | Self::Clone => true,
+        }
+    }
+}
+
 /// What a snapshot is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Manifest {

@@ -188,7 +188,9 @@ impl Snapshots {
             leaving: Mutex::default(),
             dirty: Notify::new(),
         };
-        sweep(&snapshots.shelf, &dir);
+        if !sweep(&snapshots.shelf, &dir) {
+            snapshots.sweep_soon();
+        }
         Ok(snapshots)
     }
 
@@ -196,24 +198,48 @@ impl Snapshots {
     pub async fn keep_swept(self: Arc<Self>) {
         loop {
             self.dirty.notified().await;
-            self.sweep_now().await;
+            if !self.sweep_now().await {
+                self.sweep_soon();
+            }
             tokio::time::sleep(BETWEEN_SWEEPS).await;
         }
+    }
+
+    /// Removes those that only a VM's record could name, and none of `named` is: a server was killed
+    /// between a freeze and its record, or between a VM's waking and the removal. Blocks.
+    pub fn remove_unnamed(&self, named: &HashSet<String>) {
+        let unnamed: Vec<String> = {
+            let known = self.known();
+            let entries = known.values().map(|entry| &entry.manifest);
+            let fleeting = entries.filter(|one| one.kind.is_fleeting() && !named.contains(&one.id));
+            fleeting.map(|one| one.id.clone()).collect()
+        };
+        for id in unnamed {
+            match remove(&self.dir(&id)) {
+                Ok(()) => {
+                    tracing::info!(snapshot = id, "a frozen VM that no record names is removed");
+                    self.known().remove(&id);
+                }
+                Err(error) => tracing::warn!("{error:#}"),
+            }
+        }
+        self.sweep_soon();
     }
 
     fn sweep_soon(&self) {
         self.dirty.notify_one();
     }
 
-    /// Removes chunks that no snapshot names, off the runtime's threads.
-    async fn sweep_now(&self) {
+    /// Removes chunks that no snapshot names, off the runtime's threads. `false`: something is being added just now, so
+    /// this is for another time.
+    async fn sweep_now(&self) -> bool {
         let (shelf, dir) = (self.shelf.clone(), snapshots_dir(&self.data_dir));
-        let swept = blocking(move || {
-            sweep(&shelf, &dir);
-            Ok(())
-        });
-        if let Err(error) = swept.await {
-            tracing::warn!("chunks that nothing needs are still there: {error:#}");
+        match blocking(move || Ok(sweep(&shelf, &dir))).await {
+            Ok(done) => done,
+            Err(error) => {
+                tracing::warn!("chunks that nothing needs are still there: {error:#}");
+                true
+            }
         }
     }
 
@@ -466,8 +492,8 @@ fn named(snapshots: &Path) -> anyhow::Result<HashSet<String>> {
 }
 
 /// Removes what no snapshot on the disk names. Nothing depends on it: what cannot be removed now is for the next time,
-/// and nothing is while it cannot be known what is needed.
-fn sweep(shelf: &Shelf, snapshots: &Path) {
+/// and nothing is while it cannot be known what is needed. `false`: the shelf was held.
+fn sweep(shelf: &Shelf, snapshots: &Path) -> bool {
     if let Err(error) = archive::sweep(snapshots, false) {
         tracing::warn!("what imports have left is still there: {error:#}");
     }
@@ -477,9 +503,11 @@ fn sweep(shelf: &Shelf, snapshots: &Path) {
             bytes = swept.bytes,
             "what no snapshot needs is removed"
         ),
-        Ok(_) => {}
+        Ok(Some(_)) => {}
+        Ok(None) => return false,
         Err(error) => tracing::warn!("what no snapshot needs is still there: {error:#}"),
     }
+    true
 }
 
 impl Entry {

@@ -216,6 +216,23 @@ async fn the_next_server_removes_what_a_killed_one_left_and_nothing_else() {
 }
 
 #[tokio::test]
+async fn what_only_a_record_could_name_goes_when_none_does() {
+    let dir = tempfile::tempdir().unwrap();
+    let snapshots = Snapshots::open(dir.path(), ground(), config()).unwrap();
+    let freeze = async |kind| {
+        let id = snapshots.begin(&Wish { kind, ..wish("a") }).unwrap();
+        let made = snapshots.make(&id, Arc::new(Still { pages: 2 })).await;
+        made.unwrap().id
+    };
+    let (asked, parked) = (freeze(Kind::User).await, freeze(Kind::Suspended).await);
+    let orphan = freeze(Kind::Hibernated).await;
+    let next = Snapshots::open(dir.path(), ground(), config()).unwrap();
+    next.remove_unnamed(&HashSet::from([parked.clone()]));
+    assert!(next.has(&asked) && next.has(&parked) && !next.has(&orphan));
+    assert!(!next.dir(&orphan).exists());
+}
+
+#[tokio::test]
 async fn a_manifest_that_cannot_be_read_keeps_neither_the_server_down_nor_chunks_from_staying() {
     let dir = tempfile::tempdir().unwrap();
     let snapshots = Snapshots::open(dir.path(), ground(), config()).unwrap();

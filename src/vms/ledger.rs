@@ -3,6 +3,7 @@
 //! Changes are written together a moment later, so that no command waits for the disk; who
 //! must be sure of one uses [`Ledger::flush`].
 
+use std::collections::HashSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
@@ -73,6 +74,12 @@ impl Ledger {
             }
             books.records.insert(record.vm_id.clone(), record);
         }
+        let records = books.records.values();
+        let parked = records.filter(|record| record.status == Status::Suspended);
+        let parked: HashSet<String> = parked
+            .filter_map(|record| record.parked_in.clone())
+            .collect();
+        snapshots.remove_unnamed(&parked);
         let ledger = Arc::new(Self {
             store,
             audit,

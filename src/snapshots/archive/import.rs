@@ -29,6 +29,10 @@ const MOST_MEMORY_MIB: u32 = 8192;
 /// Most that a machine has besides its guest's memory, bytes: the same GiB that page maps allow for.
 const MOST_BESIDES: u64 = 1 << 30;
 
+/// Bytes that may follow the last entry: zeroes of the archive's end. They are read for the checksum behind them, and so that
+/// a pipe's other side ends in peace.
+const MOST_AFTER: u64 = 1 << 20;
+
 /// Longest text in a manifest.
 const MOST_TEXT: usize = 256;
 
@@ -102,6 +106,8 @@ impl Import<'_> {
             added += new;
         }
         parts.end()?;
+        let mut rest = archive.into_inner().take(MOST_AFTER);
+        std::io::copy(&mut rest, &mut std::io::sink()).context(BROKE_OFF)?;
         check_map(&pages, &manifest, &lengths)?;
 
         // Order: chunks and base get their names, then the snapshot that names them, then the stage goes. Killed in
@@ -272,7 +278,7 @@ impl<'a, R: Read> Parts<'a, R> {
         Ok(read)
     }
 
-    /// There must be nothing more; the checksum of the last frame is compared.
+    /// There must be nothing more.
     fn end(&mut self) -> anyhow::Result<()> {
         match self.entries.next() {
             None => Ok(()),
