@@ -38,6 +38,10 @@ pub const CATALOG: &[(&str, &str)] = &[
     ("vm.suspended", "a VM was frozen and parked"),
     ("vm.resumed", "a suspended VM goes on under a new id"),
     (
+        "vm.rewound",
+        "a recorded session was taken back to the moment before a step",
+    ),
+    (
         "vm.terminated",
         "a VM ended: by its owner, its lifetime or the server's end",
     ),

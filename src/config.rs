@@ -234,6 +234,8 @@ pub struct SnapshotConfig {
     /// When the host is full and a VM is wanted, the one that has been idle longest hibernates, if that is at least
     /// this many seconds. 0: none gives way, and the new one gets 429.
     pub pressure_idle_s: u64,
+    /// Checkpoints that the tape of a recorded session keeps; the oldest go first.
+    pub checkpoints_per_tape: usize,
 }
 
 impl Default for SnapshotConfig {
@@ -247,6 +249,8 @@ impl Default for SnapshotConfig {
             hibernate_after_s: 0,
             // A notebook's user reads for longer than that; a program that calls in a loop does not pause so long.
             pressure_idle_s: 10,
+            // A few MiB each, as far as they differ.
+            checkpoints_per_tape: 64,
         }
     }
 }

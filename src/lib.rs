@@ -24,6 +24,7 @@ pub mod layers;
 pub mod session;
 pub mod snapshots;
 pub mod store;
+pub mod tapes;
 pub mod task;
 pub mod template;
 pub mod terminal;

@@ -10,6 +10,7 @@ mod keys_help;
 pub mod plan;
 pub mod remote;
 pub mod serve;
+pub mod session;
 pub mod snapshot;
 mod start;
 pub mod table;
@@ -45,8 +46,10 @@ enum Command {
     Image(image::ImageArgs),
     /// Build, list, inspect, verify and remove templates.
     Template(template::TemplateArgs),
-    /// List, inspect, verify and compare snapshots.
+    /// Make, list, compare, run and carry snapshots.
     Snapshot(snapshot::SnapshotArgs),
+    /// Record a session, see what it did, go back, branch off.
+    Session(session::SessionArgs),
     /// Say what this host can do, and what to fix.
     Doctor(doctor::DoctorArgs),
     /// Make, list and revoke API keys.
@@ -70,6 +73,7 @@ impl Cli {
             Command::Image(args) => image::run(args),
             Command::Template(args) => template::run(args),
             Command::Snapshot(args) => snapshot::run(&args),
+            Command::Session(args) => session::run(&args),
             Command::Doctor(args) => doctor::run(&args),
             Command::Key(args) => key::run(args),
             Command::User(args) => user::run(args),

@@ -102,6 +102,7 @@ pub(super) async fn sessions(
     if !idle.is_zero() {
         tokio::spawn(vms.clone().hibernate_idle(idle));
     }
+    tokio::spawn(vms.clone().expire_tapes());
     let idle = Duration::from_secs(config.snapshot.pressure_idle_s);
     if !idle.is_zero() {
         let wanted = sessions.room_wanted();

@@ -16,6 +16,7 @@ use super::reply::{self, Reply};
 use crate::session::SessionError;
 use crate::snapshots::SnapshotError;
 use crate::store::StoreError;
+use crate::tapes::TapeError;
 use crate::vms::VmError;
 
 /// One thing that is wrong with a request's body, in pydantic's words.
@@ -187,7 +188,20 @@ impl From<VmError> for ApiError {
             VmError::State(detail) => Self::new(StatusCode::CONFLICT, detail),
             VmError::Session(error) => error.into(),
             VmError::Snapshot(error) => error.into(),
+            VmError::Tape(error) => error.into(),
             VmError::Store(error) => error.into(),
+        }
+    }
+}
+
+impl From<TapeError> for ApiError {
+    fn from(error: TapeError) -> Self {
+        match error {
+            TapeError::NotFound(_) | TapeError::NoCheckpoint { .. } => {
+                Self::not_found(error.to_string())
+            }
+            TapeError::State(detail) => Self::new(StatusCode::CONFLICT, detail),
+            TapeError::Store(error) => error.into(),
         }
     }
 }

@@ -18,6 +18,7 @@ use super::session::Session;
 use super::start::NoVm;
 use super::types::{Attached, Command, Outcome, PlanLimits, SessionError};
 use super::vm::{Run, RunEvent};
+use super::watch::Next;
 
 /// Exit code of a command whose deadline passed, as `timeout(1)` has it.
 const TIMED_OUT: i32 = 124;
@@ -103,6 +104,16 @@ impl Core {
                 return Ok(not_run(at, TIMED_OUT, note));
             }
         };
+        let next = Next {
+            session: &session.id,
+            vm_id: &live.vm_id,
+            vm: &live.vm,
+            command: &command,
+        };
+        let step = match self.watch.before(next) {
+            Some(before) => before.await,
+            None => None,
+        };
         // In this order: after a crash, what is not noted as running must be known not to have run.
         if let Some(witness) = &attached.witness {
             witness.starts().await.map_err(SessionError::Unavailable)?;
@@ -137,6 +148,9 @@ impl Core {
         let mut outcome = running.outcome(end);
         outcome.execution_time = at.elapsed();
         outcome.vm_restarted = restarted;
+        if let Some(step) = step {
+            self.watch.after(step, &outcome).await;
+        }
         Ok(outcome)
     }
 }

@@ -54,5 +54,5 @@ pub use start::Begin;
 pub use types::*;
 pub use vm::{Channel, Frozen, Input, Run, RunEvent, Shape, Vm, VmFigures, VmSource};
 pub use vms::Usage;
-pub use watch::{NoWatch, Parting, VmEnd, VmStarted, VmWatch};
+pub use watch::{Next, NoWatch, Parting, Step, VmEnd, VmStarted, VmWatch};
 pub use workers::Workers;

@@ -7,7 +7,7 @@ use std::time::SystemTime;
 
 use futures_util::future::BoxFuture;
 
-use super::types::{SessionError, SessionId, SessionSpec, TenantId};
+use super::types::{Command, Outcome, SessionError, SessionId, SessionSpec, TenantId};
 use super::vm::{Frozen, Vm};
 
 /// A session's VM that has just begun to run.
@@ -55,6 +55,28 @@ pub enum Parting {
     Suspend,
 }
 
+/// A command that is about to run.
+#[derive(Clone, Copy, Debug)]
+pub struct Next<'a> {
+    /// Its session.
+    pub session: &'a SessionId,
+    /// The VM's id.
+    pub vm_id: &'a str,
+    /// The VM.
+    pub vm: &'a Arc<dyn Vm>,
+    /// The command.
+    pub command: &'a Command,
+}
+
+/// A command that somebody keeps account of.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Step {
+    /// What it is written on.
+    pub tape: String,
+    /// Its number there.
+    pub number: i64,
+}
+
 /// Keeps account of VMs.
 pub trait VmWatch: Debug + Send + Sync + 'static {
     /// A VM runs. Says whether it wants [`Self::expiring`] at the end of its lifetime.
@@ -69,6 +91,16 @@ pub trait VmWatch: Debug + Send + Sync + 'static {
     /// What is left of the lifetime of a VM that hibernates; `None`: a resumed VM's lifetime begins anew.
     fn remaining(&self, _: &str) -> Option<std::time::Duration> {
         None
+    }
+
+    /// A command is about to run; it does not before this is done. `None`: nobody keeps account of it.
+    fn before<'a>(&'a self, _: Next<'a>) -> Option<BoxFuture<'a, Option<Step>>> {
+        None
+    }
+
+    /// A command has ended that [`Self::before`] gave a step.
+    fn after<'a>(&'a self, _: Step, _: &'a Outcome) -> BoxFuture<'a, ()> {
+        Box::pin(async {})
     }
 
     /// Whether this VM was suspended, for sessions that are known from before the server started.

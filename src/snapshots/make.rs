@@ -44,6 +44,10 @@ pub struct Wish {
     pub vcpus: u32,
     /// The snapshot that it was restored from.
     pub parent: Option<String>,
+    /// Ids that the VM had before.
+    pub aliases: Vec<String>,
+    /// The checkpoint that it was taken back to, and when.
+    pub rewound: Option<(String, i64)>,
 }
 
 impl Snapshots {
@@ -54,27 +58,31 @@ impl Snapshots {
     pub fn begin(&self, wish: &Wish) -> Result<String, SnapshotError> {
         let id = uuid::Uuid::new_v4().to_string();
         let mut known = self.known();
-        // Those that hibernate are as many as there are sessions, which have a bound of their own.
         let mine = known.values().filter(|entry| {
             entry.manifest.tenant == wish.tenant.0
-                && entry.manifest.kind != Kind::Hibernated
+                && entry.manifest.kind.counts()
                 && !matches!(entry.status, Status::Failed(_))
         });
         let count = mine.count();
-        if wish.kind != Kind::Hibernated && count >= self.config.max_per_tenant {
+        if wish.kind.counts() && count >= self.config.max_per_tenant {
             let limit = self.config.max_per_tenant;
             return Err(SnapshotError::TooMany { limit });
         }
         self.check_bytes(used(&known, &wish.tenant.0, None))?;
         // What the VM was when it was last frozen; before the first time, what it was restored from.
+        let since = wish.rewound.as_ref().map_or(i64::MIN, |(_, at)| *at);
         let before = known.values().filter(|entry| {
             let one = &entry.manifest;
-            entry.status == Status::Ready
-                && (one.kind, &one.vm_id, &one.tenant) == (Kind::User, &wish.vm_id, &wish.tenant.0)
+            let lasts = one.kind == Kind::User
+                || (one.kind, wish.kind) == (Kind::Checkpoint, Kind::Checkpoint);
+            let same = one.vm_id == wish.vm_id || wish.aliases.contains(&one.vm_id);
+            let mine = same && one.tenant == wish.tenant.0 && one.created_ms >= since;
+            entry.status == Status::Ready && lasts && mine
         });
         let last = before.max_by_key(|entry| entry.manifest.created_ms);
         let parent = last.map(|entry| entry.manifest.id.clone());
-        let parent = parent.or_else(|| wish.parent.clone());
+        let rewound = wish.rewound.as_ref().map(|(to, _)| to.clone());
+        let parent = parent.or(rewound).or_else(|| wish.parent.clone());
         let name = if wish.name.is_empty() {
             &id
         } else {

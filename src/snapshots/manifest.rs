@@ -28,16 +28,24 @@ pub enum Kind {
     Suspended,
     /// It is a hibernating VM; it goes when that wakes or ends.
     Hibernated,
+    /// It is the moment before a step of a recorded session; it goes when its tape has enough newer ones.
+    Checkpoint,
     /// It is between a VM and its clone; it goes at once.
     Clone,
 }
 
 impl Kind {
-    /// Whether it is of use only as long as a VM's record, or who makes a clone, names it.
+    /// Whether it counts against the number of snapshots that a user may have. Others have bounds of their own: sessions
+    /// that hibernate, and checkpoints of a tape.
+    pub fn counts(self) -> bool {
+        !matches!(self, Self::Hibernated | Self::Checkpoint)
+    }
+
+    /// Whether it is of use only as long as a VM's record, a tape, or who makes a clone, names it.
     pub fn is_fleeting(self) -> bool {
         match self {
             Self::User => false,
-            Self::Suspended | Self::Hibernated | Self::Clone => true,
+            Self::Suspended | Self::Hibernated | Self::Clone | Self::Checkpoint => true,
         }
     }
 }

@@ -276,6 +276,37 @@ impl Snapshots {
             .ok_or_else(|| SnapshotError::NotFound(id.to_owned()))
     }
 
+    /// One of the tenant's snapshots of any kind: checkpoints are named by tapes.
+    ///
+    /// # Errors
+    /// [`SnapshotError::NotFound`], for another tenant's too.
+    pub fn any(&self, tenant: &TenantId, id: &str) -> Result<View, SnapshotError> {
+        self.notice_id(id);
+        let known = self.known();
+        let found = known
+            .get(id)
+            .filter(|entry| entry.manifest.tenant == tenant.0);
+        found
+            .map(Entry::view)
+            .ok_or_else(|| SnapshotError::NotFound(id.to_owned()))
+    }
+
+    /// How many checkpoints a tape keeps.
+    pub fn checkpoints_kept(&self) -> usize {
+        self.config.checkpoints_per_tape
+    }
+
+    /// Removes what a suspended VM was in, unless a tape names it.
+    ///
+    /// # Errors
+    /// As [`Self::delete`].
+    pub async fn unpark(&self, tenant: &TenantId, id: &str) -> Result<(), SnapshotError> {
+        if self.any(tenant, id)?.manifest.kind != Kind::Checkpoint {
+            self.delete(tenant, id).await?;
+        }
+        Ok(())
+    }
+
     /// Whether there is something by this id to be restored.
     pub fn has(&self, id: &str) -> bool {
         self.notice_id(id);

@@ -86,6 +86,8 @@ fn wish(owner: &str) -> Wish {
         memory_mib: 64,
         vcpus: 1,
         parent: None,
+        aliases: Vec::new(),
+        rewound: None,
     }
 }
 

@@ -17,6 +17,7 @@ const STEPS: &[&str] = &[
     super::egress::SCHEMA,
     "ALTER TABLE keys ADD COLUMN last_used_ms INTEGER;",
     super::task_output::SCHEMA,
+    super::tapes::SCHEMA,
 ];
 
 /// Times are milliseconds since the Unix epoch. `epoch` invalidates a user's tokens when it grows.

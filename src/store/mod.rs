@@ -15,6 +15,7 @@ mod migrations;
 mod plans;
 mod sessions;
 mod ssh_keys;
+mod tapes;
 mod task_output;
 mod tasks;
 mod users;
@@ -35,6 +36,7 @@ pub use keys::{KeyRow, NewKey};
 pub use plans::PlanRow;
 pub use sessions::StoredSessions;
 pub use ssh_keys::SshKeyRow;
+pub use tapes::{NewTapeEvent, TapeEvent, TapeFilter, TapeRow};
 pub use task_output::TaskOutput;
 pub use tasks::{
     Asked, NewTask, Submitted, TaskEnd, TaskRow, TaskState, WaitingTask, language_name,

@@ -86,7 +86,7 @@ impl Vms {
         limits: PlanLimits,
         snapshot: &str,
     ) -> Result<BTreeMap<String, File>, VmError> {
-        let manifest = self.snapshots().get(tenant, snapshot)?.manifest;
+        let manifest = self.snapshots().any(tenant, snapshot)?.manifest;
         let new = NewVm {
             session: None,
             spec: SessionSpec {

@@ -6,6 +6,7 @@ use tokio::sync::mpsc;
 
 use super::{Status, VmError, Vms};
 use crate::session::{RoomWanted, SessionError};
+use crate::snapshots::Kind;
 use crate::store::now_ms;
 
 /// Shortest and longest time between two looks for idle VMs.
@@ -26,7 +27,10 @@ impl Vms {
             tokio::time::sleep(pause).await;
             self.end_expired_sleepers().await;
             for (tenant, vm_id) in self.sessions.idle_vms(after) {
-                match self.freeze_and_end(&tenant, &vm_id, NO_WAIT, true).await {
+                match self
+                    .freeze_and_end(&tenant, &vm_id, NO_WAIT, Kind::Hibernated)
+                    .await
+                {
                     Ok(_) => tracing::debug!(vm = vm_id, "an idle VM hibernates"),
                     // It was used or ended in this moment, or its owner has as many snapshots as one may have.
                     Err(
@@ -46,7 +50,10 @@ impl Vms {
         while let Some(wanted) = wanted.recv().await {
             let mut made = false;
             for (tenant, vm_id) in self.sessions.idle_vms(idle).into_iter().take(MOST_TRIED) {
-                match self.freeze_and_end(&tenant, &vm_id, NO_WAIT, true).await {
+                match self
+                    .freeze_and_end(&tenant, &vm_id, NO_WAIT, Kind::Hibernated)
+                    .await
+                {
                     Ok(_) => {
                         tracing::info!(
                             vm = vm_id,

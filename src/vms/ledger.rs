@@ -3,7 +3,6 @@
 //! Changes are written together a moment later, so that no command waits for the disk; who
 //! must be sure of one uses [`Ledger::flush`].
 
-use std::collections::HashSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
@@ -12,9 +11,12 @@ use futures_util::future::BoxFuture;
 use super::books::Books;
 use super::record::{MOST_ALIASES, Options, Status, VmRecord};
 use crate::audit::{Audit, Event};
-use crate::session::{Frozen, Parting, SessionError, TenantId, Vm, VmEnd, VmStarted, VmWatch};
+use crate::session::{
+    Frozen, Next, Outcome, Parting, SessionError, Step, TenantId, Vm, VmEnd, VmStarted, VmWatch,
+};
 use crate::snapshots::{Kind, SnapshotError, Snapshots, Wish};
 use crate::store::{Store, StoreError, VmRow, now_ms};
+use crate::tapes::Tapes;
 
 /// How long changes are gathered before they are written.
 const GATHER: Duration = Duration::from_millis(250);
@@ -27,6 +29,8 @@ pub struct Ledger {
     pub(super) audit: Arc<Audit>,
     /// Frozen VMs.
     pub(super) snapshots: Arc<Snapshots>,
+    /// Recordings of sessions.
+    pub(super) tapes: Tapes,
     keep_records: usize,
     books: Mutex<Books>,
     /// Held while changes are being written, so that they arrive in order.
@@ -76,14 +80,15 @@ impl Ledger {
         }
         let records = books.records.values();
         let parked = records.filter(|record| record.status == Status::Suspended);
-        let parked: HashSet<String> = parked
-            .filter_map(|record| record.parked_in.clone())
-            .collect();
-        snapshots.remove_unnamed(&parked);
+        let parked = parked.filter_map(|record| record.parked_in.clone());
+        let tapes = Tapes::open(store.clone()).await?;
+        let named = parked.chain(tapes.all_checkpoints().await?).collect();
+        snapshots.remove_unnamed(&named);
         let ledger = Arc::new(Self {
             store,
             audit,
             snapshots,
+            tapes,
             keep_records,
             books: Mutex::new(books),
             writing: tokio::sync::Mutex::default(),
@@ -227,6 +232,8 @@ impl Ledger {
             memory_mib: record.memory_mib,
             vcpus: record.vcpus,
             parent: record.snapshot_id.clone(),
+            aliases: record.aliases.clone(),
+            rewound: record.rewound.clone(),
         }
     }
 
@@ -263,7 +270,7 @@ impl Ledger {
         };
         let (snapshots, tenant) = (self.snapshots.clone(), record.owner());
         tokio::spawn(async move {
-            if let Err(error) = snapshots.delete(&tenant, &id).await {
+            if let Err(error) = snapshots.unpark(&tenant, &id).await {
                 tracing::warn!(
                     snapshot = id,
                     "a resumed VM's snapshot is still there: {error}"
@@ -334,6 +341,7 @@ impl VmWatch for Ledger {
                 },
                 parked_in: None,
                 hibernated: false,
+                rewound: origin.and_then(|record| record.rewound.clone()),
                 options,
                 aliases,
             };
@@ -408,6 +416,17 @@ impl VmWatch for Ledger {
             }
             Parting::End
         })
+    }
+
+    fn before<'a>(&'a self, next: Next<'a>) -> Option<BoxFuture<'a, Option<Step>>> {
+        let tape = self.tapes.of(next.session)?.tape;
+        let record = self.books().get(next.vm_id).cloned()?;
+        let vm = next.vm.clone();
+        Some(Box::pin(self.before_step(tape, record, vm, next.command)))
+    }
+
+    fn after<'a>(&'a self, step: Step, outcome: &'a Outcome) -> BoxFuture<'a, ()> {
+        Box::pin(self.after_step(step, outcome))
     }
 
     fn remaining(&self, vm_id: &str) -> Option<Duration> {

@@ -81,17 +81,17 @@ impl Vms {
     /// # Errors
     /// It does not run, a command has it, or it could not be frozen; it goes on running then.
     pub async fn suspend(&self, tenant: &TenantId, vm_id: &str) -> Result<VmRecord, VmError> {
-        self.freeze_and_end(tenant, vm_id, self.suspend_wait, false)
+        self.freeze_and_end(tenant, vm_id, self.suspend_wait, Kind::Suspended)
             .await
     }
 
-    /// As [`Self::suspend`], with this patience; one that `hibernates` wakes with any command.
+    /// As [`Self::suspend`], with this patience and into this kind of snapshot; one that hibernates wakes with any command.
     pub(super) async fn freeze_and_end(
         &self,
         tenant: &TenantId,
         vm_id: &str,
         wait: Duration,
-        hibernates: bool,
+        kind: Kind,
     ) -> Result<VmRecord, VmError> {
         let record = self.running(tenant, vm_id, "only one that runs can be suspended")?;
         let session = self.session_of(&record)?;
@@ -101,16 +101,12 @@ impl Vms {
             let (ledger, of) = (this.ledger.clone(), record.clone());
             let save = |vm| -> futures_util::future::BoxFuture<'static, _> {
                 Box::pin(async move {
-                    let kind = match hibernates {
-                        true => Kind::Hibernated,
-                        false => Kind::Suspended,
-                    };
                     let parked = ledger.freeze(&of, kind, None, vm).await;
                     let parked = parked.map_err(|e| SessionError::Conflict(e.to_string()))?;
                     // Before the VM ends: a command that comes then must find this.
                     ledger.change(&of.vm_id, |record| {
                         record.parked_in = Some(parked.id);
-                        record.hibernated = hibernates;
+                        record.hibernated = kind == Kind::Hibernated;
                         record.close(Status::Suspended, None, now_ms());
                     });
                     Ok(())
@@ -119,12 +115,11 @@ impl Vms {
             this.sessions
                 .suspend(&tenant, &session, &record.vm_id, wait, save)
                 .await?;
-            let kind = if hibernates {
-                "vm.hibernated"
-            } else {
-                "vm.suspended"
+            let said = match kind {
+                Kind::Hibernated => "vm.hibernated",
+                _ => "vm.suspended",
             };
-            this.note(kind, &record);
+            this.note(said, &record);
             this.ledger.flush().await?;
             this.get(&tenant, &record.vm_id)
         });

@@ -24,7 +24,7 @@ impl Vms {
         let mut spec = new.spec;
         let from = match &new.snapshot {
             Some(id) => {
-                let known = self.snapshots().get(tenant, id)?;
+                let known = self.snapshots().any(tenant, id)?;
                 let has = known.manifest.memory_mib;
                 if new.memory_asked && spec.memory_mib != has {
                     return Err(VmError::State(format!(
@@ -64,6 +64,7 @@ impl Vms {
             snapshot_id: new.snapshot,
             parked_in: None,
             hibernated: false,
+            rewound: None,
             options: new.options,
             aliases: Vec::new(),
         };
@@ -227,6 +228,7 @@ impl Vms {
             snapshot_id: None,
             parked_in: None,
             hibernated: false,
+            rewound: None,
             aliases: Vec::new(),
             // A copy does not leave snapshots that its original was asked for.
             options: Options {

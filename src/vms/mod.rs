@@ -13,6 +13,7 @@ mod make;
 mod record;
 #[cfg(test)]
 pub(crate) mod tests;
+mod travel;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -24,11 +25,13 @@ pub use compare::{Change, How};
 pub use fork::{Forked, MOST_FORKS};
 pub use ledger::Ledger;
 pub use record::{Options, Status, VmRecord};
+pub use travel::payload;
 
 use crate::audit::{Audit, Event};
 use crate::session::{SessionError, SessionId, SessionSpec, Sessions, TenantId};
 use crate::snapshots::{SnapshotError, Snapshots};
 use crate::store::StoreError;
+use crate::tapes::TapeError;
 
 /// Why a VM cannot do what was asked.
 #[derive(Debug, thiserror::Error)]
@@ -45,6 +48,9 @@ pub enum VmError {
     /// A snapshot.
     #[error(transparent)]
     Snapshot(#[from] SnapshotError),
+    /// A tape.
+    #[error(transparent)]
+    Tape(#[from] TapeError),
     /// The database.
     #[error(transparent)]
     Store(#[from] StoreError),

@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 
 use super::super::exit;
 use super::super::remote::{Refused, Remote};
+use super::super::session::part;
 use super::short;
 
 /// A VM that only runs one command lives this much longer than that may take, should nobody end it.
@@ -311,13 +312,6 @@ fn script(words: &[String]) -> anyhow::Result<String> {
         words => shlex::try_join(words.iter().map(String::as_str))
             .context("the command has a word that no shell can take"),
     }
-}
-
-/// An id as a part of a path.
-fn part(id: &str) -> anyhow::Result<&str> {
-    let fits = |byte: u8| byte.is_ascii_alphanumeric() || b"-_".contains(&byte);
-    ensure!(!id.is_empty() && id.bytes().all(fits), "{id:?} is no id");
-    Ok(id)
 }
 
 #[cfg(test)]

@@ -22,7 +22,6 @@ const ABSENT: &[(&str, &str)] = &[
         "/v1/custom-domains",
         "guests of this server have no network yet, so no domain can lead to them",
     ),
-    ("/v1/tapes", "this server does not record tapes"),
     (
         "/v1/browser",
         "this server has no browsers; run one in a VM",
@@ -46,9 +45,6 @@ const ABSENT: &[(&str, &str)] = &[
 
 /// Why there is nothing at this path, if it is one that the client knows.
 pub(in crate::http) fn why(path: &str) -> Option<&'static str> {
-    if path.starts_with("/v1/sessions/") && path.contains("/tape/") {
-        return Some("this server does not record tapes");
-    }
     if path.starts_with("/v1/vms/") && path.contains("/volumes/") {
         return Some("this server has no volumes yet");
     }
@@ -98,7 +94,6 @@ pub(super) const GROUP: Group = Group {
         empty("/v1/vaults", "list_vaults", "NoVaults"),
         refused("/v1/vaults", "create_vault"),
         empty("/v1/vaults/catalog", "vault_catalog", "NoTemplates"),
-        empty("/v1/tapes", "list_tapes", "Objects"),
         empty("/v1/recordings", "list_recordings", "Objects"),
         empty("/v1/webhooks/endpoints", "list_webhooks", "Objects"),
         refused("/v1/webhooks/endpoints", "create_webhook"),
@@ -184,7 +179,6 @@ mod tests {
     #[test]
     fn the_reason_is_told_for_what_the_client_knows_and_for_nothing_else() {
         assert!(why("/v1/volumes/x/files").unwrap().contains("volumes"));
-        assert!(why("/v1/sessions/s/tape/start").unwrap().contains("tapes"));
         assert!(why("/v1/volumesque").is_none());
         assert!(why("/v1/vms/x").is_none());
     }

@@ -15,6 +15,7 @@ mod sessions;
 mod snapshots;
 mod ssh_keys;
 mod system;
+mod tapes;
 mod vm_actions;
 mod vms;
 
@@ -127,6 +128,7 @@ pub const GROUPS: &[Group] = &[
     vms::GROUP,
     vm_actions::GROUP,
     snapshots::GROUP,
+    tapes::GROUP,
     account::GROUP,
     api_keys::GROUP,
     ssh_keys::GROUP,

@@ -225,7 +225,7 @@ fn view(call: &Call) -> Result<SessionView, ApiError> {
     Ok(call.app.backend.view(&caller.tenant, &id)?)
 }
 
-fn path_id(call: &Call) -> Result<SessionId, ApiError> {
+pub(super) fn path_id(call: &Call) -> Result<SessionId, ApiError> {
     uuid::Uuid::try_parse(call.path("session_id"))
         .ok()
         .and_then(|id| SessionId::parse(&id.as_hyphenated().to_string()))
