@@ -22,7 +22,7 @@ pub struct Remote {
     url: String,
     /// The API key.
     #[arg(long, env = "THAW_API_KEY", hide_env_values = true, value_name = "KEY")]
-    api_key: String,
+    api_key: Option<String>,
     /// PEM file with a certificate to trust, such as a self-signed server's tls/cert.pem.
     #[arg(long, env = "THAW_CA_CERT", value_name = "FILE")]
     ca_cert: Option<PathBuf>,
@@ -53,7 +53,7 @@ impl Remote {
     pub fn get_slow(&self, path: &str, runs: Duration) -> anyhow::Result<Value> {
         let patience = PATIENCE + runs;
         let request = self.agent(patience)?.get(self.url(path));
-        self.answer(request.header("X-API-Key", &self.api_key).call(), patience)
+        self.answer(request.header("X-API-Key", self.key()?).call(), patience)
     }
 
     /// Has something done that takes at most `runs` besides what any request takes.
@@ -63,7 +63,7 @@ impl Remote {
     pub fn post(&self, path: &str, body: &Value, runs: Duration) -> anyhow::Result<Value> {
         let patience = PATIENCE + runs;
         let request = self.agent(patience)?.post(self.url(path));
-        let request = request.header("X-API-Key", &self.api_key);
+        let request = request.header("X-API-Key", self.key()?);
         self.answer(request.send_json(body), patience)
     }
 
@@ -73,7 +73,12 @@ impl Remote {
     /// As [`Self::get`].
     pub fn delete(&self, path: &str) -> anyhow::Result<Value> {
         let request = self.agent(PATIENCE)?.delete(self.url(path));
-        self.answer(request.header("X-API-Key", &self.api_key).call(), PATIENCE)
+        self.answer(request.header("X-API-Key", self.key()?).call(), PATIENCE)
+    }
+
+    fn key(&self) -> anyhow::Result<&str> {
+        let key = self.api_key.as_deref();
+        key.context("a server wants an API key; give it with --api-key or THAW_API_KEY")
     }
 
     fn url(&self, path: &str) -> String {

@@ -66,10 +66,10 @@ enum SnapshotCommand {
         /// The second.
         b: String,
         /// The files in the guests, too; a server restores both for a moment.
-        #[arg(long, requires = "api_key")]
+        #[arg(long)]
         files: bool,
         #[command(flatten)]
-        remote: Option<Remote>,
+        remote: Remote,
     },
     /// Freeze a copy of a VM that runs, memory included.
     Create(run::CreateArgs),
@@ -122,7 +122,7 @@ pub fn run(args: &SnapshotArgs) -> anyhow::Result<ExitCode> {
             files,
             remote,
         } => {
-            let remote = remote.as_ref().filter(|_| *files);
+            let remote = files.then_some(remote);
             check::diff(&catalog, a, b, remote, args.json)?;
         }
         SnapshotCommand::Tree => look::tree(&catalog, args.json),
