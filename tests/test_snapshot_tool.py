@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from harness import THAW, Server, wait_for
+from harness import THAW, Server, make_data_dir, wait_for
 from test_forks import Vm
 
 CONFIG = {"session.pool.low": 1, "session.pool.high": 2}
@@ -169,6 +169,43 @@ def test_export_and_import_go_on_after_kill_9(make, server, other, tmp_path):
     assert [said["id"] for said in tool(other, "verify")] == [one]
     assert not list((other.data / "snapshots/importing").iterdir())
     assert tool(other, "gc", "--dry-run") == [{"dry_run": True, "files": 0, "bytes": 0}]
+
+
+def test_a_snapshot_moves_to_a_new_template_and_the_old_one_s_memory_goes():
+    data = make_data_dir()
+    (data / "templates").unlink()
+    (data / "templates").mkdir()
+    server = Server(CONFIG, data=data)
+    server.owns_data = True
+    server.start()
+    try:
+        client = server.client()
+        vm = Vm(client, client.post("/v1/vms", {}).json())
+        vm.run("import os, hashlib; kept = os.urandom(3 << 20); told = hashlib.sha256(kept).hexdigest()")
+        told, one = vm.out("print(told)"), vm.snapshot()["id"]
+        [before] = tool(server, "inspect", one)
+        assert tool(server, "rebase", one)[0]["rebased"]["was_there"]
+        # The next server builds its template anew, and no two are the same.
+        server.terminate()
+        server.wait()
+        shutil.rmtree(data / "templates")
+        (data / "templates").mkdir()
+        server.start()
+        client = server.client()
+        newer = Vm(client, client.post("/v1/vms", {}).json())
+        second = newer.snapshot()["id"]
+        [done] = tool(server, "rebase", one)
+        assert not done["rebased"]["was_there"] and done["rebased"]["pages"] > 0
+        assert done["base"] == tool(server, "inspect", second)[0]["manifest"]["memory"]["base"] != before["manifest"]["memory"]["base"]
+        copy = Vm(client, client.post("/v1/vms", {"snapshot_id": one}).json())
+        assert copy.out("print(hashlib.sha256(kept).hexdigest())") == told
+        assert all(said["sound"] for said in tool(server, "verify"))
+        tool(server, "gc")
+        assert len(list((data / "snapshots/bases").iterdir())) == 1
+        # And back over another's base, while nothing of its own is lost.
+        assert tool(server, "rebase", one, "--onto", second)[0]["rebased"]["was_there"]
+    finally:
+        server.stop()
 
 
 def test_a_file_that_does_not_fit_or_is_damaged_is_refused_with_the_reason(make, server, other, tmp_path):

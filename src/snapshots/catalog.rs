@@ -17,8 +17,8 @@ use crate::template::manifest::STATE;
 /// The snapshots of a data directory.
 #[derive(Debug)]
 pub struct Catalog {
-    dir: PathBuf,
-    shelf: Shelf,
+    pub(super) dir: PathBuf,
+    pub(super) shelf: Shelf,
     /// Those that can be read, oldest first.
     pub snapshots: Vec<Manifest>,
     /// Those that cannot: where, and why.

@@ -297,7 +297,7 @@ pub(super) fn publish(out: &Path, dir: &Path) -> anyhow::Result<()> {
 }
 
 /// A frozen VM's state; a worker never writes a larger one than it reads.
-fn state_bytes(frost: &Frost) -> anyhow::Result<Vec<u8>> {
+pub(super) fn state_bytes(frost: &Frost) -> anyhow::Result<Vec<u8>> {
     let length = frost
         .state
         .metadata()
@@ -312,14 +312,14 @@ fn state_bytes(frost: &Frost) -> anyhow::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-fn flush_dir(dir: &Path) -> anyhow::Result<()> {
+pub(super) fn flush_dir(dir: &Path) -> anyhow::Result<()> {
     File::open(dir)
         .and_then(|dir| dir.sync_all())
         .with_context(|| format!("cannot flush {}", dir.display()))
 }
 
 impl Manifest {
-    fn describe(
+    pub(super) fn describe(
         &mut self,
         state: &[u8],
         map: &[u8],

@@ -9,6 +9,7 @@ mod archive;
 mod catalog;
 mod make;
 pub mod manifest;
+mod rebase;
 #[cfg(test)]
 mod tests;
 
@@ -26,6 +27,7 @@ pub use archive::{Export, Import, Imported};
 pub use catalog::{Catalog, Difference, Fault};
 pub use make::Wish;
 pub use manifest::{Ground, Kind, Manifest};
+pub use rebase::Rebased;
 
 use manifest::MAP;
 
@@ -377,7 +379,7 @@ impl Snapshots {
             id: id.to_owned(),
             why: format!("{error:#}"),
         };
-        let (dir, ground, checked) = (self.dir(id), self.ground.clone(), manifest.clone());
+        let (dir, ground) = (self.dir(id), self.ground.clone());
         let shelf = self.shelf.clone();
         let chunks = manifest.memory.chunks.iter();
         let names = chunks.map(|chunk| chunk.sha256.as_str());
@@ -386,10 +388,11 @@ impl Snapshots {
             false => Some(self.hands.acquire().await.map_err(|e| unfit(e.into()))?),
         };
         let opened = blocking(move || {
-            checked.check(&ground)?;
-            open(&dir, &checked, &shelf)
+            let opened = open_now(&dir, &ground, &shelf);
+            // It may have been rebased between the reading of its manifest and of its map.
+            opened.or_else(|_| open_now(&dir, &ground, &shelf))
         });
-        let (state, memory) = opened.await.map_err(unfit)?;
+        let (manifest, state, memory) = opened.await.map_err(unfit)?;
         let frozen = Frozen {
             snapshot: id.to_owned(),
             shape: Shape {
@@ -440,6 +443,18 @@ impl Snapshots {
     fn known(&self) -> MutexGuard<'_, HashMap<String, Entry>> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Opens a snapshot by what its manifest says now, if it can be run here.
+fn open_now(
+    dir: &Path,
+    ground: &Ground,
+    shelf: &Shelf,
+) -> anyhow::Result<(Manifest, File, Layers)> {
+    let manifest = manifest_in(dir)?;
+    manifest.check(ground)?;
+    let (state, memory) = open(dir, &manifest, shelf)?;
+    Ok((manifest, state, memory))
 }
 
 /// Opens a snapshot's files, each compared with what its manifest says.

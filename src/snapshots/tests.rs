@@ -272,3 +272,50 @@ async fn one_that_is_being_made_cannot_be_used_yet() {
     made.unwrap().unwrap();
     assert!(snapshots.has(&id));
 }
+
+#[tokio::test]
+async fn a_rebased_snapshot_is_the_same_memory_over_another_base() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = Snapshots::open(dir.path(), ground(), config()).unwrap();
+    let id = make(&server, "a", 100).await.unwrap();
+    let pages = |frozen: &Frozen| {
+        let all = 0..frozen.memory.map.pages();
+        let read = |page| {
+            let mut bytes = [0; PAGE];
+            frozen.memory.read(page, &mut bytes).unwrap();
+            bytes
+        };
+        all.map(read).collect::<Vec<_>>()
+    };
+    let before = pages(&server.frozen(&tenant("a"), &id).await.unwrap().0);
+    // Has some of what the snapshot has, and other things where the snapshot has zeroes or its old base's.
+    let file = memory_file("base").unwrap();
+    file.set_len(64 << 20).unwrap();
+    file.write_all_at(&before[50], 50 * PAGE as u64).unwrap();
+    for page in [5, 200, 700] {
+        file.write_all_at(&[9; PAGE], page * PAGE as u64).unwrap();
+    }
+    let sha256 = crate::template::memory::measure(&file).unwrap().sha256;
+    let (file, path) = (Arc::new(file), None);
+    let base = Arc::new(Base { file, sha256, path });
+    let catalog = Catalog::open(dir.path()).unwrap();
+    let one = catalog.find(&id).unwrap();
+    let done = catalog.rebase(dir.path(), one, &base, 0, |_| {}).unwrap();
+    // Pages 200, 700 and the last: 5 lies in a chunk.
+    assert_eq!((done.was_there, done.pages), (false, 3));
+    let (after, manifest) = server.frozen(&tenant("a"), &id).await.unwrap();
+    assert_eq!(manifest.memory.base, base.sha256);
+    assert!(pages(&after) == before);
+    let catalog = Catalog::open(dir.path()).unwrap();
+    let one = catalog.find(&id).unwrap();
+    assert_eq!(catalog.verify(one, |_| {}).unwrap(), []);
+    assert!(
+        catalog
+            .rebase(dir.path(), one, &base, 0, |_| {})
+            .unwrap()
+            .was_there
+    );
+    server.sweep_now().await;
+    let bases = snapshots_dir(dir.path()).join("bases");
+    assert_eq!(std::fs::read_dir(bases).unwrap().count(), 1);
+}

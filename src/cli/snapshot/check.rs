@@ -1,9 +1,10 @@
 //! Checking and comparing snapshots, and removing what none needs.
 
+use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::bail;
+use anyhow::{Context, bail};
 use serde_json::{Value, json};
 
 use super::super::remote::Remote;
@@ -143,6 +144,50 @@ pub(super) fn gc(catalog: &Catalog, dry_run: bool, as_json: bool) -> anyhow::Res
             swept.files,
             human_bytes(swept.bytes)
         );
+    }
+    Ok(())
+}
+
+pub(super) fn rebase(
+    catalog: &Catalog,
+    data_dir: &Path,
+    wanted: &[String],
+    onto: Option<&str>,
+    disk_floor_mib: u64,
+    as_json: bool,
+) -> anyhow::Result<()> {
+    for wanted in wanted {
+        let one = catalog.find(wanted)?;
+        let base = match onto {
+            Some(onto) => catalog.base_of(catalog.find(onto)?)?,
+            None => catalog.template_base(data_dir, one)?,
+        };
+        let bar = bar(one.memory.bytes);
+        bar.set_message(short(&one.id));
+        let each = |pages: u64| bar.inc(pages * 4096);
+        let done = catalog
+            .rebase(data_dir, one, &base, disk_floor_mib, each)
+            .with_context(|| format!("snapshot {} is as it was", one.id))?;
+        bar.finish_and_clear();
+        if as_json {
+            println!(
+                "{}",
+                json!({ "id": one.id, "base": base.sha256, "rebased": done })
+            );
+        } else if done.was_there {
+            println!("snapshot {} lies over that base already", one.id);
+        } else {
+            println!(
+                "snapshot {} lies over base {} now; {} pages differ from the old one, {} were added to the disk",
+                one.id,
+                short(&base.sha256),
+                done.pages,
+                human_bytes(done.added_bytes)
+            );
+        }
+    }
+    if !as_json {
+        println!("`thaw snapshot gc` removes what nothing needs any more");
     }
     Ok(())
 }

@@ -13,6 +13,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use super::remote::Remote;
 use super::{DataDir, exit};
+use crate::config::SnapshotConfig;
 use crate::snapshots::Catalog;
 
 /// List, inspect, verify, compare and carry snapshots, and see how they descend.
@@ -28,6 +29,7 @@ directory, whether or not a server runs.
   thaw snapshot verify               read every byte; a corrupt page is named
   thaw snapshot diff A B             how much memory differs
   thaw snapshot gc --dry-run         what no snapshot needs
+  thaw snapshot rebase A             over the template that new VMs have now, so that an old one can go
   thaw snapshot export A a.thaw      one file, for another host; goes on where it broke off
   thaw snapshot import a.thaw        a running server offers it at once
 A snapshot is called by its id, the beginning of that, or its name.")]
@@ -85,6 +87,18 @@ enum SnapshotCommand {
         #[arg(long)]
         dry_run: bool,
     },
+    /// Lay snapshots over another base, such as the template that new VMs have now.
+    Rebase {
+        /// The snapshots.
+        #[arg(required = true)]
+        snapshots: Vec<String>,
+        /// Another snapshot, whose base it is to be [default: the template of the snapshot's image and size]
+        #[arg(long, value_name = "SNAPSHOT")]
+        onto: Option<String>,
+        /// Disk space that stays free, MiB.
+        #[arg(long, value_name = "MIB", default_value_t = SnapshotConfig::default().disk_floor_mib)]
+        disk_floor_mib: u64,
+    },
     /// Write a snapshot and all that it needs as one file.
     Export(carry::ExportArgs),
     /// Put a snapshot from a file among those that are here.
@@ -127,6 +141,22 @@ pub fn run(args: &SnapshotArgs) -> anyhow::Result<ExitCode> {
         }
         SnapshotCommand::Tree => look::tree(&catalog, args.json),
         SnapshotCommand::Gc { dry_run } => check::gc(&catalog, *dry_run, args.json)?,
+        SnapshotCommand::Rebase {
+            snapshots,
+            onto,
+            disk_floor_mib,
+        } => {
+            let data_dir = args.data.path();
+            let onto = onto.as_deref();
+            check::rebase(
+                &catalog,
+                &data_dir,
+                snapshots,
+                onto,
+                *disk_floor_mib,
+                args.json,
+            )?;
+        }
         SnapshotCommand::Export(export) => carry::export(&catalog, export, args.json)?,
         // These need no data directory, or no snapshots in it.
         SnapshotCommand::Import(_)
