@@ -9,7 +9,7 @@ THAW         := $(CURDIR)/target/release/thaw
 # Byte code beside the runner's sources would look like a change of what thaw embeds.
 export PYTHONDONTWRITEBYTECODE := 1
 
-.PHONY: help setup build guest image demo test lint unit blackbox bench bench-client clean
+.PHONY: help setup build guest image demo test lint unit blackbox bench bench-client stress clean
 
 help:
 	@echo "make demo      install what is missing, build, make the image, serve, send one real request"
@@ -18,6 +18,7 @@ help:
 	@echo "make image     the minimal image, in target/thaw-data"
 	@echo "make bench     the README's figures, measured here"
 	@echo "make bench-client  the same for the official client: calls and files"
+	@echo "make stress    a thousand random kills, and 500 sessions asleep at once (10 minutes)"
 	@echo "make clean     remove everything that was built"
 
 setup:
@@ -54,6 +55,9 @@ bench: image
 	$(THAW) bench warm --data-dir $(DATA)
 	$(THAW) bench cold --data-dir $(DATA)
 	$(THAW) bench restore --data-dir $(DATA)
+
+stress: image
+	THAW_KILLS=1000 THAW_SLEEPERS=500 scripts/blackbox $(THAW) $(DATA) -k "test_kills or many_hibernated" -s
 
 bench-client: image
 	scripts/blackbox $(THAW) $(DATA) --collect-only -qq >/dev/null

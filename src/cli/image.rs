@@ -41,7 +41,7 @@ enum ImageCommand {
 
 #[derive(Debug, Args)]
 struct BuildArgs {
-    /// A recipe that comes with thaw (minimal, standard), or the path of a .toml file.
+    /// A recipe that comes with thaw (minimal, numpy, standard), or the path of a .toml file.
     #[arg(default_value = "minimal", value_name = "NAME|PATH.toml")]
     recipe: String,
     #[command(flatten)]
