@@ -40,6 +40,14 @@ pub trait Backend: std::fmt::Debug + Send + Sync + 'static {
         process: Process,
     ) -> BoxFuture<'a, Result<ProcessHandle, SessionError>>;
 
+    /// Wakes the session's VM if that is suspended; else does nothing.
+    fn wake<'a>(
+        &'a self,
+        tenant: &'a TenantId,
+        limits: PlanLimits,
+        id: &'a SessionId,
+    ) -> BoxFuture<'a, Result<(), SessionError>>;
+
     /// Ends the session's VM and returns the VM's id.
     fn kill<'a>(
         &'a self,
@@ -92,6 +100,15 @@ impl Backend for Sessions {
         process: Process,
     ) -> BoxFuture<'a, Result<ProcessHandle, SessionError>> {
         Box::pin(Self::open(self, tenant, limits, id, process))
+    }
+
+    fn wake<'a>(
+        &'a self,
+        tenant: &'a TenantId,
+        limits: PlanLimits,
+        id: &'a SessionId,
+    ) -> BoxFuture<'a, Result<(), SessionError>> {
+        Box::pin(Self::wake(self, tenant, limits, id))
     }
 
     fn kill<'a>(

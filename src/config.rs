@@ -228,8 +228,8 @@ pub struct SnapshotConfig {
     pub concurrency: usize,
     /// Seconds that `suspend` waits for the command that runs in the VM, before it is refused.
     pub suspend_wait_s: u64,
-    /// A VM without a command and without terminals for this many seconds hibernates: it is frozen to disk, and the
-    /// next command wakes it. 0: never.
+    /// A VM without a command, and whose terminals nobody looks at, hibernates after this many seconds: it is frozen to disk,
+    /// and the next command or look at a terminal wakes it. 0: never.
     pub hibernate_after_s: u64,
     /// When the host is full and a VM is wanted, the one that has been idle longest hibernates, if that is at least
     /// this many seconds. 0: none gives way, and the new one gets 429.

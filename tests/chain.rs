@@ -42,6 +42,7 @@ fn identity(generation: u64) -> Renew {
         hostname: format!("clone-{generation}"),
         machine_id: format!("{generation:032x}"),
         env: BTreeMap::new(),
+        terminals: Vec::new(),
     }
 }
 

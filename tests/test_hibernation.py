@@ -1,8 +1,11 @@
 """Idle VMs go to disk by themselves and come back with the next command, as they were."""
 
+import asyncio
 import os
 import pathlib
 import time
+
+import websockets
 
 from harness import wait_for
 
@@ -53,15 +56,99 @@ def test_a_hibernated_session_survives_the_server_and_ends_with_its_lifetime(sta
     assert again["stdout"] == "False\n" and again["vm_restarted"] is True, again
 
 
-def test_a_session_that_is_used_or_has_a_terminal_stays(start_server):
+def terminal(server, session, command):
+    """A terminal, and where it is looked at."""
+    opened = session.client.post(f"/v1/sessions/{session.id}/pty/sessions", {"command": command})
+    assert opened.status_code == 200, opened.text
+    id = opened.json()["id"]
+    return id, f"ws{server.url[4:]}/v1/sessions/{session.id}/pty/{id}/connect?api_key={server.key}"
+
+
+def test_a_session_that_is_used_or_looked_at_stays(start_server):
     server = start_server(config=CONFIG)
     session = server.client().session(vm_lifetime_seconds=3600)
     long = session.python("import time; time.sleep(3); print('done')")
     assert long["stdout"] == "done\n"
-    opened = session.client.post(f"/v1/sessions/{session.id}/pty/sessions", {"command": "cat"})
-    assert opened.status_code == 200, opened.text
-    time.sleep(4)
-    assert status(session) == "active"
+    _, url = terminal(server, session, "cat")
+
+    async def look():
+        async with websockets.connect(url):
+            await asyncio.sleep(3)
+            assert status(session) == "active"
+
+    asyncio.run(look())
+    asleep(session)
+
+
+def test_terminals_sleep_and_wake_with_their_session(start_server):
+    server = start_server(config=CONFIG)
+    session = server.client().session(vm_lifetime_seconds=3600)
+    shell, url = terminal(server, session, "exec bash --norc -i")
+    _, editor = terminal(server, session, "trap 'echo drawn anew' WINCH; while :; do sleep 0.2; done")
+
+    async def until(ws, wanted):
+        seen = b""
+        while wanted not in seen:
+            seen += await asyncio.wait_for(ws.recv(), 30)
+        return seen
+
+    async def before():
+        async with websockets.connect(url) as ws:
+            await ws.send(b"mine=$((6 * 7)); cd /var; (sleep 1000; :) & echo job $!;\n")
+            await until(ws, b"job ")
+
+    async def after():
+        # Looking at one wakes the VM, with both.
+        async with websockets.connect(url) as ws:
+            await ws.send(b"echo it is $mine in $PWD; jobs\n")
+            seen = await until(ws, b"Running")
+            assert b"it is 42 in /var" in seen, seen
+        async with websockets.connect(editor) as ws:
+            await until(ws, b"drawn anew")
+
+    asyncio.run(before())
+    for _ in range(2):
+        asleep(session)
+        wait_for(lambda: not server.workers(), "the VM to be gone")
+        alive = session.client.get(f"/v1/sessions/{session.id}/pty/sessions/{shell}").json()
+        assert alive["alive"] is True
+        asyncio.run(after())
+    # A copy has the programs, but nobody looks at its terminals: they are hung up.
+    vm = session.status()["vm_id"]
+    fork = session.client.post(f"/v1/vms/{vm}/fork", {"count": 1}).json()["forks"][0]
+    body = {"command": "pgrep -cf '[n]orc -i$'", "language": "bash", "session_id": fork["session_id"]}
+    wait_for(lambda: session.client.post("/execute", body).json()["stdout"] == "0\n", "its terminals to be hung up")
+    # The shell, and its job.
+    assert session.bash("pgrep -cf '[n]orc -i$'")["stdout"] == "2\n"
+    # Hung up while it sleeps, it ends when it wakes.
+    asleep(session)
+    session.client.http.delete(f"{session.client.url}/v1/sessions/{session.id}/pty/sessions/{shell}")
+    session.bash("true")
+    wait_for(lambda: session.bash("pgrep -cf '[n]orc -i$'")["stdout"] == "0\n", "the shell to be hung up")
+
+
+def test_whoever_looks_at_a_terminal_stays_through_a_suspension(start_server):
+    server = start_server(config=CONFIG)
+    session = server.client().session(vm_lifetime_seconds=3600)
+    session.python("1")
+    _, url = terminal(server, session, "exec cat")
+    vm = session.status()["vm_id"]
+
+    async def look():
+        async with websockets.connect(url) as ws:
+            await ws.send(b"one\n")
+            while b"one" not in await asyncio.wait_for(ws.recv(), 30):
+                pass
+            act = lambda what: asyncio.to_thread(session.client.post, f"/v1/vms/{vm}/{what}", {})
+            assert (await act("suspend")).status_code == 200
+            # Typed while it sleeps, it arrives when it wakes.
+            await ws.send(b"two\n")
+            assert (await act("resume")).status_code == 200
+            seen = b""
+            while seen.count(b"two") < 2:
+                seen += await asyncio.wait_for(ws.recv(), 30)
+
+    asyncio.run(look())
 
 
 # As many as THAW_SLEEPERS says: CI is content with fewer than the figure of docs/operations.md.

@@ -95,6 +95,15 @@ impl Backend for FakeSessions {
         Box::pin(async { Err(SessionError::NoVm(id.clone())) })
     }
 
+    fn wake<'a>(
+        &'a self,
+        _tenant: &'a TenantId,
+        _limits: PlanLimits,
+        _id: &'a SessionId,
+    ) -> BoxFuture<'a, Result<(), SessionError>> {
+        Box::pin(async { Ok(()) })
+    }
+
     fn kill<'a>(
         &'a self,
         tenant: &'a TenantId,

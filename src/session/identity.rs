@@ -19,6 +19,7 @@ pub(crate) fn identity(
     generation: u64,
     hostname: String,
     env: BTreeMap<String, String>,
+    terminals: Vec<String>,
 ) -> anyhow::Result<Renew> {
     let mut seed = [0; 32];
     let mut machine_id = [0; 16];
@@ -31,6 +32,7 @@ pub(crate) fn identity(
         hostname,
         machine_id: hex::encode(machine_id),
         env,
+        terminals,
     })
 }
 
@@ -44,7 +46,7 @@ fn wall_ns() -> u64 {
 /// time to a fresh VM's first result is spent on mapping the pages that the result needs.
 pub(crate) async fn rehearse(vm: &dyn Vm, generation: u64, limit: Duration) -> anyhow::Result<()> {
     let run_through = async {
-        let renew = identity(generation, "thaw".to_owned(), BTreeMap::new())?;
+        let renew = identity(generation, "thaw".to_owned(), BTreeMap::new(), Vec::new())?;
         vm.renew(renew).await?;
         let mut run = vm.execute(empty_command(limit)).await?;
         loop {

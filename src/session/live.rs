@@ -102,11 +102,6 @@ impl Live {
         true
     }
 
-    /// Whether a terminal or another process beside the commands is open.
-    pub(crate) fn has_processes(&self) -> bool {
-        self.processes.available_permits() < MOST_PROCESSES
-    }
-
     /// Variables for everything that is run from now on.
     pub(crate) fn staged_env(&self) -> BTreeMap<String, String> {
         lock(&self.staged).clone()

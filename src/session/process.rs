@@ -11,7 +11,7 @@ use tokio::sync::{OwnedSemaphorePermit, TryAcquireError};
 
 use super::core::Core;
 use super::live::{End, Live};
-use super::session::Session;
+use super::session::{Attendance, Session};
 use super::start::NoVm;
 use super::types::{PlanLimits, SessionError};
 use super::vm::{Channel, Input, Run, RunEvent};
@@ -30,6 +30,8 @@ pub enum ProcessEvent {
     Exit(Exit),
     /// Its VM is gone: what its owner is told. The last event.
     Gone(String),
+    /// It is a terminal, and its VM is suspended; [`ProcessHandle::revive`] goes on with it. The last event.
+    Asleep,
 }
 
 /// A process in a session's VM. Dropping it before its end kills the process.
@@ -37,8 +39,13 @@ pub enum ProcessEvent {
 pub struct ProcessHandle {
     output: Box<dyn Run>,
     input: Arc<dyn Input>,
+    session: Arc<Session>,
     live: Arc<Live>,
     ended: bool,
+    /// What a terminal is known by in the guest.
+    name: Option<String>,
+    /// Work that its owner waits for. A terminal may be left alone.
+    _attended: Option<Attendance>,
     _place: OwnedSemaphorePermit,
 }
 
@@ -64,9 +71,43 @@ impl ProcessHandle {
             RunEvent::Died(reason) => {
                 self.ended = true;
                 let how = self.live.how_ended();
+                if how == Some(End::Suspended) && self.name.is_some() {
+                    return ProcessEvent::Asleep;
+                }
                 ProcessEvent::Gone(how.map_or(reason, |how: End| how.note()))
             }
         }
+    }
+
+    /// Goes on with a terminal whose VM was suspended, when somebody has woken that. `None`: nobody will any more.
+    pub async fn revive(mut self) -> Option<Self> {
+        let name = self.name.take()?;
+        let revived = Self::go_on(&self.session, &self.live.vm_id, &name).await;
+        if revived.is_none() {
+            self.session.drop_terminal(&name);
+        }
+        revived
+    }
+
+    async fn go_on(session: &Arc<Session>, suspended: &str, name: &str) -> Option<Self> {
+        let live = session.successor(suspended).await?;
+        let place = live.processes.clone().try_acquire_owned().ok()?;
+        let Channel { output, input } = live.vm.attach(name.to_owned()).await.ok()?;
+        Some(Self {
+            output,
+            input,
+            session: session.clone(),
+            live,
+            ended: false,
+            name: Some(name.to_owned()),
+            _attended: None,
+            _place: place,
+        })
+    }
+
+    /// Notes that somebody looks at it: its VM is not idle until that is dropped.
+    pub fn attender(&self) -> Attender {
+        Attender(self.session.clone())
     }
 
     /// The way to it, for others than the one who reads.
@@ -75,8 +116,22 @@ impl ProcessHandle {
     }
 }
 
+/// The way to say that somebody looks at a terminal. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Attender(Arc<Session>);
+
+impl Attender {
+    /// Somebody looks, until this is dropped.
+    pub fn attend(&self) -> Attendance {
+        self.0.attend()
+    }
+}
+
 impl Drop for ProcessHandle {
     fn drop(&mut self) {
+        if let Some(name) = &self.name {
+            self.session.drop_terminal(name);
+        }
         if !self.ended
             && let Err(error) = self.input.signal(Signal::Kill)
         {
@@ -121,7 +176,7 @@ impl Core {
         self: &Arc<Self>,
         session: &Arc<Session>,
         limits: PlanLimits,
-        process: Process,
+        mut process: Process,
     ) -> Result<ProcessHandle, SessionError> {
         if self.is_draining() {
             return Err(SessionError::ShuttingDown);
@@ -139,18 +194,41 @@ impl Core {
                 });
             }
         };
+        let name = process.terminal.map(|_| uuid::Uuid::new_v4().to_string());
+        let attended = name.is_none().then(|| session.attend());
+        process.name.clone_from(&name);
         let opened = live.vm.open(process).await;
         let Channel { output, input } = opened.map_err(|error| {
             tracing::debug!("a VM took no process: {error:#}");
             SessionError::NoVm(session.id.clone())
         })?;
+        if let Some(name) = &name {
+            session.keep_terminal(name);
+        }
         Ok(ProcessHandle {
             output,
             input,
+            session: session.clone(),
             live,
             ended: false,
+            name,
+            _attended: attended,
             _place: place,
         })
+    }
+
+    /// Wakes the session's VM if that is suspended and may be woken.
+    pub(crate) async fn wake(
+        self: &Arc<Self>,
+        session: &Arc<Session>,
+        limits: PlanLimits,
+    ) -> Result<(), SessionError> {
+        if session.suspended().is_none() || self.is_draining() {
+            return Ok(());
+        }
+        let kills = session.touch();
+        self.begin_vm(session, limits, kills).await?;
+        Ok(())
     }
 
     async fn begin_vm(

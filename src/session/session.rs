@@ -1,9 +1,11 @@
 //! One session: its line and what became of its VM.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
+use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use super::line::{Line, lock};
@@ -24,6 +26,23 @@ pub(crate) struct Session {
     pub(crate) line: Arc<Line>,
     /// Held for moments only, never across an await.
     state: Mutex<State>,
+    /// Told whenever the VM is another, or no more.
+    changes: Notify,
+    /// Names of its terminals that run, or sleep with the VM.
+    terminals: Mutex<BTreeSet<String>>,
+    /// Who uses the VM beside its commands: viewers of terminals, work on files.
+    attended: AtomicUsize,
+}
+
+/// Somebody uses a session's VM: it is not idle until this is dropped.
+#[derive(Debug)]
+pub struct Attendance(Arc<Session>);
+
+impl Drop for Attendance {
+    fn drop(&mut self) {
+        self.0.touch();
+        self.0.attended.fetch_sub(1, Ordering::AcqRel);
+    }
 }
 
 #[derive(Debug)]
@@ -86,6 +105,49 @@ impl Session {
                 last_used: Instant::now(),
                 kills: 0,
             }),
+            changes: Notify::new(),
+            terminals: Mutex::default(),
+            attended: AtomicUsize::new(0),
+        }
+    }
+
+    /// Notes that somebody uses its VM.
+    pub(crate) fn attend(self: &Arc<Self>) -> Attendance {
+        self.attended.fetch_add(1, Ordering::AcqRel);
+        Attendance(self.clone())
+    }
+
+    /// Names of its terminals.
+    pub(crate) fn terminals(&self) -> Vec<String> {
+        lock(&self.terminals).iter().cloned().collect()
+    }
+
+    /// Notes a terminal.
+    pub(crate) fn keep_terminal(&self, name: &str) {
+        lock(&self.terminals).insert(name.to_owned());
+    }
+
+    /// Notes that a terminal is no more.
+    pub(crate) fn drop_terminal(&self, name: &str) {
+        lock(&self.terminals).remove(name);
+    }
+
+    /// The VM that goes on with the life of this one, which was suspended. Waits for it; `None`: there will be none.
+    pub(crate) async fn successor(&self, of: &str) -> Option<Arc<Live>> {
+        loop {
+            let changed = self.changes.notified();
+            tokio::pin!(changed);
+            changed.as_mut().enable();
+            match &lock(&self.state).slot {
+                Slot::Active(live) if live.vm_id != of => return Some(live.clone()),
+                Slot::Active(_) | Slot::Ended(_, End::Suspended) => {}
+                Slot::Starting { before, .. } => match before {
+                    Some((_, End::Suspended)) => {}
+                    _ => return None,
+                },
+                Slot::None | Slot::Ended(..) => return None,
+            }
+            changed.await;
         }
     }
 
@@ -135,6 +197,7 @@ impl Session {
         }
         *how = End::Killed;
         state.kills += u64::from(resuming);
+        self.changes.notify_waiters();
         true
     }
 
@@ -145,6 +208,7 @@ impl Session {
             && matches!(how, End::Failed(_) | End::Expired(_))
         {
             *how = End::Suspended;
+            self.changes.notify_waiters();
         }
     }
 
@@ -202,6 +266,7 @@ impl Session {
                 state.slot = Slot::Ended(live.vm_id.clone(), how.clone());
             }
         }
+        self.changes.notify_waiters();
         live.end(how, reaper)
     }
 
@@ -255,7 +320,8 @@ impl Session {
             return None;
         };
         let used = state.last_used.max(live.started).elapsed();
-        let idle = used >= after && self.line.is_free() && !live.has_processes();
+        let attended = self.attended.load(Ordering::Acquire) > 0;
+        let idle = used >= after && self.line.is_free() && !attended;
         idle.then(|| (used, live.vm_id.clone()))
     }
 
@@ -308,9 +374,11 @@ impl Starting {
         let mut state = lock(&self.session.state);
         if state.kills != kills {
             state.slot = Slot::Ended(live.vm_id.clone(), End::Killed);
+            self.session.changes.notify_waiters();
             return Err(live);
         }
         state.slot = Slot::Active(live);
+        self.session.changes.notify_waiters();
         Ok(())
     }
 
@@ -334,6 +402,7 @@ impl Drop for Starting {
             state.slot = before
                 .clone()
                 .map_or(Slot::None, |(vm_id, how)| Slot::Ended(vm_id, how));
+            self.session.changes.notify_waiters();
         }
     }
 }

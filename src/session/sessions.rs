@@ -289,6 +289,20 @@ impl Sessions {
         self.core.open(&session, limits, process).await
     }
 
+    /// Wakes the session's VM if that is suspended; else does nothing.
+    ///
+    /// # Errors
+    /// [`SessionError::NotFound`], [`SessionError::Asleep`], and what starting a VM may meet.
+    pub async fn wake(
+        &self,
+        tenant: &TenantId,
+        limits: PlanLimits,
+        id: &SessionId,
+    ) -> Result<(), SessionError> {
+        let session = self.session(tenant, id)?;
+        self.core.wake(&session, limits).await
+    }
+
     /// Ends the session's VM; gives its id. The session stays, its next command gets a fresh VM; commands
     /// that wait now do not run.
     ///

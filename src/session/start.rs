@@ -104,7 +104,14 @@ impl Core {
         let remaining = resumes.as_deref().and_then(|old| self.watch.remaining(old));
         let lifetime = remaining.unwrap_or(spec.lifetime);
         let leased = match &from {
-            Some(frozen) => self.thaw(&spec, &vm_id, frozen).await,
+            Some(frozen) => {
+                // A copy is another VM, whose terminals nobody looks at.
+                let terminals = match resumes {
+                    Some(_) => session.terminals(),
+                    None => Vec::new(),
+                };
+                self.thaw(&spec, &vm_id, frozen, terminals).await
+            }
             None => self.take(&spec, &vm_id).await,
         };
         let leased = leased.map_err(|error| {
@@ -180,7 +187,7 @@ impl Core {
             })??;
             self.metrics.phase(Phase::Claim, began.elapsed());
             let began = Instant::now();
-            match self.renew(spec, vm_id, &leased).await {
+            match self.renew(spec, vm_id, &leased, Vec::new()).await {
                 Ok(()) => {
                     self.metrics.phase(Phase::Renew, began.elapsed());
                     self.pool.proved(shape);
@@ -201,10 +208,11 @@ impl Core {
         spec: &SessionSpec,
         vm_id: &str,
         frozen: &Frozen,
+        terminals: Vec<String>,
     ) -> anyhow::Result<Leased> {
         let leased = self.pool.thaw(frozen).await?;
         let began = Instant::now();
-        let renewed = self.renew(spec, vm_id, &leased).await;
+        let renewed = self.renew(spec, vm_id, &leased, terminals).await;
         renewed
             .inspect_err(|_| self.metrics.degraded(Degradation::RenewFailed))
             .context("a VM restored from a snapshot did not confirm its new identity")?;
@@ -216,12 +224,19 @@ impl Core {
         Ok(leased)
     }
 
-    async fn renew(&self, spec: &SessionSpec, vm_id: &str, leased: &Leased) -> anyhow::Result<()> {
+    async fn renew(
+        &self,
+        spec: &SessionSpec,
+        vm_id: &str,
+        leased: &Leased,
+        terminals: Vec<String>,
+    ) -> anyhow::Result<()> {
         let Some(vm) = leased.vm() else {
             anyhow::bail!("it is gone");
         };
         let short: String = vm_id.chars().filter(|c| *c != '-').take(8).collect();
-        let renew = identity(leased.generation, format!("thaw-{short}"), spec.env.clone())?;
+        let (name, env) = (format!("thaw-{short}"), spec.env.clone());
+        let renew = identity(leased.generation, name, env, terminals)?;
         let wait = Duration::from_millis(self.config.renew_wait_ms);
         tokio::time::timeout(wait, vm.renew(renew))
             .await

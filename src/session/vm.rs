@@ -115,6 +115,14 @@ pub trait Vm: Debug + Send + Sync + 'static {
     /// The VM does not take processes any more.
     fn open(&self, process: Process) -> BoxFuture<'_, anyhow::Result<Channel>>;
 
+    /// Goes on with a terminal from before the VM was frozen, which [`Self::renew`] has kept.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    fn attach(&self, _: String) -> BoxFuture<'_, anyhow::Result<Channel>> {
+        Box::pin(async { anyhow::bail!("it keeps no terminals") })
+    }
+
     /// Why the VM ended by itself, once it has; never resolves before. Any number of callers
     /// may wait.
     fn died(&self) -> BoxFuture<'static, String>;

@@ -182,6 +182,17 @@ impl Vm for WorkerVm {
         })
     }
 
+    fn attach(&self, name: String) -> BoxFuture<'_, anyhow::Result<Channel>> {
+        let opened = self.worker.attach(name);
+        Box::pin(async move {
+            let (running, feeder) = opened?;
+            Ok(Channel {
+                output: Box::new(WorkerRun(running)),
+                input: Arc::new(WorkerInput(feeder)),
+            })
+        })
+    }
+
     fn set_share(&self, vcpus: u32) {
         super::share::give(self.worker.pid(), vcpus);
     }

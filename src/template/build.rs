@@ -249,6 +249,7 @@ fn identity(generation: u64) -> Renew {
         hostname: "thaw-trial".to_owned(),
         machine_id: hex::encode(rng.random::<[u8; 16]>()),
         env: BTreeMap::new(),
+        terminals: Vec::new(),
     }
 }
 

@@ -3,18 +3,24 @@
 //! A terminal's output is kept in a [`backlog`] of bounded size. A viewer that comes gets what came
 //! since the last one left; while it is there, the terminal waits for it, so nothing is lost to a
 //! slow connection. Without one the newest output is kept.
+//!
+//! A terminal sleeps with its VM and goes on with it: whoever looks at it wakes both.
 
 mod backlog;
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
+use anyhow::Context;
 use bytes::Bytes;
 use dashmap::DashMap;
 use thaw_wire::message::{Process, Program, Signal, Size};
 use tokio::sync::watch;
 
-use crate::session::{ProcessEvent, ProcessHandle, ProcessInput, SessionId, TenantId};
+use crate::session::{
+    Attendance, Attender, ProcessEvent, ProcessHandle, ProcessInput, SessionId, TenantId,
+};
 use backlog::Backlog;
 
 /// Terminals of one session that are remembered, ended ones included; at the limit the oldest ended
@@ -71,6 +77,7 @@ impl Wish {
             env: Default::default(),
             cwd: None,
             terminal: Some(self.size),
+            name: None,
         }
     }
 }
@@ -82,10 +89,14 @@ pub struct Terminal {
     pub id: TerminalId,
     /// When it was made.
     pub created_at: SystemTime,
-    input: ProcessInput,
+    /// The way to it; none while its VM is suspended.
+    input: watch::Sender<Option<ProcessInput>>,
+    attender: Attender,
     size: Mutex<Size>,
     backlog: Backlog,
     exit: watch::Sender<Option<i32>>,
+    /// Nobody knows it any more: it is to end, if need be when its VM wakes.
+    is_unwanted: AtomicBool,
 }
 
 impl Terminal {
@@ -94,28 +105,50 @@ impl Terminal {
         *lock(&self.size)
     }
 
-    /// Gives it another size.
+    /// Gives it another size, if need be when its VM wakes.
     ///
     /// # Errors
     /// Its VM is gone.
     pub fn resize(&self, size: Size) -> anyhow::Result<()> {
         *lock(&self.size) = size;
-        self.input.signal(Signal::Resize(size))
+        self.signal(Signal::Resize(size))
     }
 
-    /// Types bytes; waits while it does not read.
+    /// Types bytes; waits while it does not read, or its VM is suspended.
     ///
     /// # Errors
     /// It or its VM is gone.
     pub async fn write(&self, bytes: Bytes) -> anyhow::Result<()> {
-        self.input.write(bytes).await
+        let mut input = self.input.subscribe();
+        let input = input.wait_for(Option::is_some).await?.clone();
+        input
+            .context("a terminal without input")?
+            .write(bytes)
+            .await
     }
 
     /// Hangs up: what runs in it gets SIGHUP, and soon after a kill.
     pub fn hang_up(&self) {
-        if let Err(error) = self.input.signal(Signal::Hangup) {
+        self.is_unwanted.store(true, Ordering::Release);
+        if let Err(error) = self.signal(Signal::Hangup) {
             tracing::debug!("a terminal is gone already: {error:#}");
         }
+    }
+
+    fn signal(&self, signal: Signal) -> anyhow::Result<()> {
+        let input = self.input.borrow().clone();
+        input.map_or(Ok(()), |input| input.signal(signal))
+    }
+
+    /// Its VM was suspended, and goes on.
+    fn revived(&self, process: &ProcessHandle) -> anyhow::Result<()> {
+        let input = process.input();
+        input.signal(Signal::Resize(self.size()))?;
+        if self.is_unwanted.load(Ordering::Acquire) {
+            input.signal(Signal::Hangup)?;
+        }
+        self.input.send_replace(Some(input));
+        Ok(())
     }
 
     /// Its exit code, once it has ended.
@@ -129,6 +162,7 @@ impl Terminal {
             turn: self.backlog.attach(),
             exit: self.exit.subscribe(),
             terminal: self.clone(),
+            _attendance: self.attender.attend(),
         }
     }
 }
@@ -150,6 +184,8 @@ pub struct Viewer {
     terminal: Arc<Terminal>,
     turn: u64,
     exit: watch::Receiver<Option<i32>>,
+    /// The VM is not idle meanwhile.
+    _attendance: Attendance,
 }
 
 impl Viewer {
@@ -211,6 +247,16 @@ async fn keep(terminal: Arc<Terminal>, mut process: ProcessHandle) {
                     .await;
                 break VM_ENDED;
             }
+            ProcessEvent::Asleep => {
+                terminal.input.send_replace(None);
+                match process.revive().await {
+                    Some(revived) => process = revived,
+                    None => break VM_ENDED,
+                }
+                if let Err(error) = terminal.revived(&process) {
+                    tracing::debug!("a terminal did not wake: {error:#}");
+                }
+            }
         }
     };
     terminal.exit.send_replace(Some(code));
@@ -252,10 +298,12 @@ impl Terminals {
         let terminal = Arc::new(Terminal {
             id,
             created_at: SystemTime::now(),
-            input: process.input(),
+            input: watch::Sender::new(Some(process.input())),
+            attender: process.attender(),
             size: Mutex::new(size),
             backlog: Backlog::default(),
             exit: watch::Sender::new(None),
+            is_unwanted: AtomicBool::new(false),
         });
         {
             let mut all = self

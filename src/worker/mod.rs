@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use thaw_vmm::protocol::{Boot, Death, Order, Report, Restore, Stats};
-use thaw_wire::message::{self, Execute, Process as Program, Ready, Renew};
+use thaw_wire::message::{self, Attach, Execute, Open, Process as Program, Ready, Renew};
 use tokio::sync::Mutex;
 
 pub use running::{Event, Feeder, Running, command};
@@ -411,7 +411,15 @@ impl Worker {
     /// # Errors
     /// The VM ended, or the order cannot be put into a frame.
     pub fn process(&self, process: Program) -> Result<(Running, Feeder), WorkerError> {
-        Running::process(&self.link, process)
+        Running::process(&self.link, &Open::Process(process))
+    }
+
+    /// Goes on with a terminal that the renewal kept; one that is not there ends at once.
+    ///
+    /// # Errors
+    /// As [`Self::process`].
+    pub fn attach(&self, name: String) -> Result<(Running, Feeder), WorkerError> {
+        Running::process(&self.link, &Open::Attach(Attach { name }))
     }
 
     /// Why the VM ended by itself, once it has.

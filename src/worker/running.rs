@@ -6,7 +6,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use thaw_vmm::protocol::{Cause, Death};
 use thaw_wire::frame::{Frame, INITIAL_CREDIT, Kind, MAX_PAYLOAD};
-use thaw_wire::message::{Execute, Exit, Open, Process, Signal};
+use thaw_wire::message::{Execute, Exit, Open, Signal};
 use tokio::sync::{Notify, mpsc};
 
 use super::WorkerError;
@@ -153,12 +153,9 @@ impl Running {
         Ok(running)
     }
 
-    /// Starts a process; the second value is the way to it.
-    pub(super) fn process(
-        link: &Arc<Link>,
-        process: Process,
-    ) -> Result<(Self, Feeder), WorkerError> {
-        let (running, room) = Self::open(link, &Open::Process(process))?;
+    /// Starts a process, or goes on with one; the second value is the way to it.
+    pub(super) fn process(link: &Arc<Link>, order: &Open) -> Result<(Self, Feeder), WorkerError> {
+        let (running, room) = Self::open(link, order)?;
         let feeder = Feeder {
             link: link.clone(),
             stream: running.stream,

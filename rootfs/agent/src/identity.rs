@@ -129,6 +129,7 @@ mod tests {
             hostname: "h".into(),
             machine_id: "0".repeat(32),
             env: Default::default(),
+            terminals: Vec::new(),
         };
         assert!(matches!(renew(&order), Err(RenewError::Malformed("seed"))));
         let order = Renew {

@@ -18,6 +18,7 @@ fn renew(seed: u8) -> Order {
         hostname: "h".into(),
         machine_id: "0".repeat(32),
         env: BTreeMap::from([("SESSION".into(), "it's one".into())]),
+        terminals: Vec::new(),
     })
 }
 

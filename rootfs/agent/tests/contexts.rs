@@ -117,6 +117,7 @@ fn orders_reach_contexts_and_do_not_wait_for_busy_ones() {
         hostname: "h".into(),
         machine_id: "0".repeat(32),
         env: [("SESSION".to_owned(), "s".to_owned())].into(),
+        terminals: Vec::new(),
     });
     assert!(matches!(host.order(&renew), Report::Renewed { .. }));
     let Report::Warmed { missing } = host.order(&Order::Warm {

@@ -42,6 +42,9 @@ pub struct Renew {
     /// The session's environment variables.
     #[serde(default)]
     pub env: BTreeMap<String, String>,
+    /// Names of terminals from before that the host will attach to again; all others are hung up.
+    #[serde(default)]
+    pub terminals: Vec<String>,
 }
 
 /// What the agent tells the host on the control stream.
@@ -116,6 +119,15 @@ pub enum Open {
     Execute(Execute),
     /// Start a process of its own: a terminal, or work on files.
     Process(Process),
+    /// Go on with a terminal that was named, started under an earlier generation and kept by the renewal.
+    Attach(Attach),
+}
+
+/// A terminal to go on with.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Attach {
+    /// Its [`Process::name`].
+    pub name: String,
 }
 
 /// One command.
@@ -164,6 +176,9 @@ pub struct Process {
     /// comes as standard output.
     #[serde(default)]
     pub terminal: Option<Size>,
+    /// What a terminal is attached to by after a restore; one without is hung up then.
+    #[serde(default)]
+    pub name: Option<String>,
 }
 
 /// What a [`Process`] runs.

@@ -348,7 +348,7 @@ async fn connect(mut call: Call) -> Result<Reply, ApiError> {
         return Err(ApiError::new(StatusCode::UPGRADE_REQUIRED, detail));
     };
     let accept = HeaderValue::from_str(&accept).map_err(|error| ApiError::internal(&error))?;
-    let viewed = viewed(&call).map(|terminal| terminal.view());
+    let viewed = viewed(&call).await.map(|terminal| terminal.view());
     tokio::spawn(async move {
         match upgrade.await {
             Ok(upgraded) => {
@@ -372,16 +372,28 @@ async fn connect(mut call: Call) -> Result<Reply, ApiError> {
 }
 
 /// The terminal that may be looked at, or the close code that says why not.
-fn viewed(call: &Call) -> Result<Arc<Terminal>, (u16, String)> {
+async fn viewed(call: &Call) -> Result<Arc<Terminal>, (u16, String)> {
     let given = call.query(|fields| fields.optional_string("api_key"));
     let caller = match given.ok().flatten() {
         Some(key) => call.admit(&key),
         None => call.caller(),
     };
     let caller = caller.map_err(|error| (UNAUTHORISED, error.detail()))?;
-    session_of(call, &caller)
-        .and_then(|session| terminal_of(&call.app, &caller, &session, call.path("pty_id")))
-        .map_err(|error| (NO_TERMINAL, error.detail()))
+    let no_terminal = |error: ApiError| (NO_TERMINAL, error.detail());
+    let session = session_of(call, &caller).map_err(no_terminal)?;
+    let found = terminal_of(&call.app, &caller, &session, call.path("pty_id"));
+    let terminal = found.map_err(no_terminal)?;
+    if terminal.exit_code().is_none() {
+        // What it said before can be read all the same; what is typed waits until its owner resumes it.
+        let woken = call
+            .app
+            .backend
+            .wake(&caller.tenant, caller.limits, &session);
+        if let Err(error) = woken.await {
+            tracing::debug!("a terminal's VM stays suspended: {error}");
+        }
+    }
+    Ok(terminal)
 }
 
 /// A text message of a viewer.

@@ -32,6 +32,7 @@ impl<L: Link> Engine<L> {
         let mut execute = match serde_json::from_slice(payload) {
             Ok(Open::Execute(execute)) => execute,
             Ok(Open::Process(order)) => return self.on_process(id, &order),
+            Ok(Open::Attach(order)) => return self.on_attach(id, &order),
             Err(error) => {
                 return self.refuse(
                     id,

@@ -82,6 +82,8 @@ pub struct Engine<L> {
     processes: BTreeMap<u32, process::Entry>,
     /// Processes whose host is gone, until they are.
     leaving: Vec<Process>,
+    /// Terminals of an earlier generation that may be attached to, by name.
+    parked: BTreeMap<String, Process>,
     outbox: VecDeque<Frame>,
     env: BTreeMap<String, String>,
     pending: Pending,
@@ -116,6 +118,7 @@ impl<L: Link> Engine<L> {
             streams: BTreeMap::new(),
             processes: BTreeMap::new(),
             leaving: Vec::new(),
+            parked: BTreeMap::new(),
             outbox: VecDeque::new(),
             env: BTreeMap::new(),
             pending: Pending::default(),

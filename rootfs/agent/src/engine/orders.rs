@@ -74,6 +74,7 @@ impl<L: Link> Engine<L> {
             Ok(proof) => proof,
             Err(error) => return self.fail("renew", error.to_string()),
         };
+        self.keep_terminals(&order.terminals);
         self.env.extend(order.env.clone());
         let seed = identity::from_hex::<32>(&order.seed).unwrap_or_default();
         let mut waiting = vec![false; self.slots.len()];

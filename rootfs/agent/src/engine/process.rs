@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use nix::sys::epoll::{EpollEvent, EpollFlags};
 use thaw_wire::frame::{Frame, Kind, MAX_PAYLOAD};
-use thaw_wire::message::{Process as Order, Signal};
+use thaw_wire::message::{Attach, Process as Order, Signal};
 
 use super::{Engine, slots};
 use crate::interpreter::LOWEST_MOVED;
@@ -31,6 +31,8 @@ const NOT_FOUND: i32 = 127;
 #[derive(Debug)]
 pub(super) struct Entry {
     process: Process,
+    /// What it can be attached to by.
+    name: Option<String>,
     watched: [Option<EpollFlags>; Part::ALL.len()],
 }
 
@@ -40,14 +42,16 @@ fn token(stream: u32, part: usize) -> u64 {
 
 impl<L: Link> Engine<L> {
     pub(super) fn on_process(&mut self, id: u32, order: &Order) -> Result<(), LinkError> {
-        if self.processes.len() >= MOST {
+        if self.processes.len() + self.parked.len() >= MOST {
             let note = format!("{MOST} terminals and file transfers run at once already");
             return self.refuse(id, CANNOT_RUN, note);
         }
         match Process::start(order, &self.ground.place, &self.env) {
             Ok(process) => {
+                let name = order.name.clone().filter(|_| order.terminal.is_some());
                 let entry = Entry {
                     process,
+                    name,
                     watched: Default::default(),
                 };
                 self.processes.insert(id, entry);
@@ -57,6 +61,37 @@ impl<L: Link> Engine<L> {
                 self.refuse(id, NOT_FOUND, format!("it cannot be started: {error}"))
             }
             Err(error) => self.refuse(id, CANNOT_RUN, format!("it cannot be started: {error}")),
+        }
+    }
+
+    /// Goes on with a terminal of an earlier generation.
+    pub(super) fn on_attach(&mut self, id: u32, order: &Attach) -> Result<(), LinkError> {
+        let Some(mut process) = self.parked.remove(&order.name) else {
+            return self.refuse(
+                id,
+                NOT_FOUND,
+                "there is no such terminal any more".to_owned(),
+            );
+        };
+        process.attached();
+        let entry = Entry {
+            process,
+            name: Some(order.name.clone()),
+            watched: Default::default(),
+        };
+        self.processes.insert(id, entry);
+        Ok(())
+    }
+
+    /// Hangs up the terminals of an earlier generation that nobody will attach to.
+    pub(super) fn keep_terminals(&mut self, names: &[String]) {
+        for (name, mut process) in std::mem::take(&mut self.parked) {
+            if names.contains(&name) {
+                self.parked.insert(name, process);
+            } else if process.exit_status().is_none() {
+                process.abandon();
+                self.leaving.push(process);
+            }
         }
     }
 
@@ -133,7 +168,7 @@ impl<L: Link> Engine<L> {
     /// A process ended, if it was one of these.
     pub(super) fn on_process_death(&mut self, ended: Ended) {
         let all = self.processes.values_mut().map(|entry| &mut entry.process);
-        let mut all = all.chain(&mut self.leaving);
+        let mut all = all.chain(&mut self.leaving).chain(self.parked.values_mut());
         let Some(process) = all.find(|process| process.pid == ended.pid) else {
             return;
         };
@@ -188,16 +223,32 @@ impl<L: Link> Engine<L> {
         Ok(())
     }
 
-    /// The host that knew the processes is no more: their terminals are hung up.
+    /// The host that knew the processes is no more: terminals with a name wait for the next one, the others are hung up.
     pub(super) fn abandon_processes(&mut self) {
         // Whoever was told to go a generation ago has had its time: so there are never more than MOST.
         for mut process in self.leaving.drain(..) {
             process.kill();
         }
         for mut entry in std::mem::take(&mut self.processes).into_values() {
-            if entry.process.exit_status().is_none() {
+            if let Some(name) = entry.name.take() {
+                self.unwatch(&entry);
+                self.parked.insert(name, entry.process);
+            } else if entry.process.exit_status().is_none() {
                 entry.process.abandon();
                 self.leaving.push(entry.process);
+            }
+        }
+    }
+
+    /// Takes a process's descriptors out of epoll, where they are known by a stream that is no more.
+    fn unwatch(&mut self, entry: &Entry) {
+        for (number, part) in Part::ALL.into_iter().enumerate() {
+            let fd = entry.process.fd(part);
+            let Some(fd) = fd.filter(|_| entry.watched[number].is_some()) else {
+                continue;
+            };
+            if let Err(error) = self.epoll.delete(fd) {
+                crate::console::say(&format!("a terminal stays watched: {error}"));
             }
         }
     }
@@ -205,7 +256,10 @@ impl<L: Link> Engine<L> {
     fn watch_process(&mut self, stream: u32) -> Result<(), LinkError> {
         // While the ring is full nothing is read, and readable output would wake us for nothing.
         let may_read = self.outbox.is_empty();
-        let Some(Entry { process, watched }) = self.processes.get_mut(&stream) else {
+        let Some(Entry {
+            process, watched, ..
+        }) = self.processes.get_mut(&stream)
+        else {
             return Ok(());
         };
         for (number, part) in Part::ALL.into_iter().enumerate() {

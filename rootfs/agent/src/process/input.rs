@@ -22,6 +22,8 @@ pub struct Input {
     window: u32,
     /// Bytes taken and not granted again.
     owed: u32,
+    /// Bytes at the front of the queue that an earlier host sent: nobody waits for credit for them.
+    inherited: usize,
     has_ended: bool,
 }
 
@@ -35,6 +37,7 @@ impl Input {
             queue: VecDeque::new(),
             window: INITIAL_CREDIT,
             owed: 0,
+            inherited: 0,
             has_ended: false,
         }
     }
@@ -105,7 +108,9 @@ impl Input {
                 Err(_) => self.is_over = true,
             }
         }
-        self.owed += written as u32;
+        let inherited = written.min(self.inherited);
+        self.inherited -= inherited;
+        self.owed += (written - inherited) as u32;
         written
     }
 
@@ -120,7 +125,8 @@ impl Input {
     /// by its other one, and a poll forgets a descriptor by itself only when nothing is open any more.
     pub fn give_up(&mut self) {
         self.is_over = true;
-        self.owed += self.queue.len() as u32;
+        self.owed += (self.queue.len() - self.inherited) as u32;
+        self.inherited = 0;
         self.queue = VecDeque::new();
         if !self.is_terminal {
             self.fd = None;
@@ -131,6 +137,14 @@ impl Input {
     pub fn close(&mut self) {
         self.give_up();
         self.fd = None;
+    }
+
+    /// Another host sends from now on, and has the first window to do so. What waits is from the one before; it holds
+    /// twice [`INITIAL_CREDIT`] at most then, for a host that never waits for its terminals to read loses what it typed before.
+    pub fn attached(&mut self) {
+        self.queue.truncate(INITIAL_CREDIT as usize);
+        self.inherited = self.queue.len();
+        (self.window, self.owed) = (INITIAL_CREDIT, 0);
     }
 
     /// What may be granted again, once it is worth a frame or nothing waits.

@@ -184,6 +184,20 @@ impl Process {
         self.writes.as_deref().filter(|_| is_killed)
     }
 
+    /// Somebody else has it now, who has granted nothing and was granted nothing yet. What is on its screen is
+    /// drawn anew, as when a window's size changes.
+    pub fn attached(&mut self) {
+        self.credit = INITIAL_CREDIT;
+        self.input.attached();
+        let front = self.fd(Part::Stdout).map(nix::unistd::tcgetpgrp);
+        if let Some(Ok(group)) = front.filter(|_| self.end.is_none())
+            && let Err(error) = killpg(group, Signal::SIGWINCH)
+            && error != nix::Error::ESRCH
+        {
+            crate::console::say(&format!("a terminal is not drawn anew: {error}"));
+        }
+    }
+
     /// It ended with this status, after this much processor time in microseconds.
     pub fn ended(&mut self, status: i32, cpu_us: u64) {
         self.end = Some((status, cpu_us));
@@ -314,6 +328,7 @@ mod tests {
             env: BTreeMap::new(),
             cwd: None,
             terminal: None,
+            name: None,
         };
         let place = Place {
             runner: "/".into(),

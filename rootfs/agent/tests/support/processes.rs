@@ -16,6 +16,7 @@ pub fn command(argv: &[&str]) -> Process {
         env: BTreeMap::new(),
         cwd: None,
         terminal: None,
+        name: None,
     }
 }
 

@@ -65,6 +65,7 @@ impl Work {
             env: Default::default(),
             cwd: None,
             terminal: None,
+            name: None,
         };
         let backend = &app.backend;
         let process = backend.open(&caller.tenant, caller.limits, session, process);
@@ -90,6 +91,11 @@ impl Work {
                 ProcessEvent::Exit(exit) if exit.exit_code == 0 => return Ok(Step::Done),
                 ProcessEvent::Exit(exit) => return Err(failure(&exit, &self.words)),
                 ProcessEvent::Gone(why) => return Err(ApiError::new(StatusCode::CONFLICT, why)),
+                // Only terminals sleep.
+                ProcessEvent::Asleep => {
+                    let why = "the VM was suspended";
+                    return Err(ApiError::new(StatusCode::CONFLICT, why));
+                }
             }
         }
     }
