@@ -56,6 +56,34 @@ def test_a_hibernated_session_survives_the_server_and_ends_with_its_lifetime(sta
     assert again["stdout"] == "False\n" and again["vm_restarted"] is True, again
 
 
+def test_with_hibernation_a_stop_of_the_server_ends_no_session(start_server):
+    server = start_server(config=CONFIG | {"snapshot.hibernate_after_s": 600})
+    sessions = [server.client().session(vm_lifetime_seconds=3600) for _ in range(5)]
+    for number, session in enumerate(sessions):
+        session.python(f"mine = {number}")
+    server.terminate()
+    assert server.wait() == 0
+    server.restart()
+    for number, session in enumerate(sessions):
+        session.client = server.client()
+        assert status(session) == "suspended"
+        done = session.python("print(mine)")
+        assert done["stdout"] == f"{number}\n" and not done.get("vm_restarted")
+
+
+def test_a_hibernated_session_that_cannot_wake_gets_a_fresh_vm(start_server):
+    server = start_server(config=CONFIG)
+    session = server.client().session(vm_lifetime_seconds=3600)
+    session.python("kept = 1")
+    asleep(session)
+    # As if another thaw had frozen it.
+    [manifest] = (server.data / "snapshots").glob("*/manifest.json")
+    manifest.write_text(manifest.read_text().replace('"wire": 2', '"wire": 1'))
+    done = session.python("print('kept' in globals())")
+    assert done["stdout"] == "False\n" and done["vm_restarted"] is True
+    wait_for(lambda: not manifest.exists(), "what cannot be restored to be removed")
+
+
 def terminal(server, session, command):
     """A terminal, and where it is looked at."""
     opened = session.client.post(f"/v1/sessions/{session.id}/pty/sessions", {"command": command})
@@ -125,6 +153,30 @@ def test_terminals_sleep_and_wake_with_their_session(start_server):
     session.client.http.delete(f"{session.client.url}/v1/sessions/{session.id}/pty/sessions/{shell}")
     session.bash("true")
     wait_for(lambda: session.bash("pgrep -cf '[n]orc -i$'")["stdout"] == "0\n", "the shell to be hung up")
+
+
+def test_terminals_of_a_suspended_vm_are_there_after_a_restart(start_server):
+    server = start_server(config=CONFIG)
+    session = server.client().session(vm_lifetime_seconds=3600)
+    session.python("1")
+    id, url = terminal(server, session, "exec bash --norc -i")
+
+    async def say(url, line, wanted):
+        async with websockets.connect(url) as ws:
+            await ws.send(line)
+            seen = b""
+            while wanted not in seen:
+                seen += await asyncio.wait_for(ws.recv(), 30)
+
+    asyncio.run(say(url, b"mine=$((40 + 2)); echo r$mine\n", b"r42"))
+    asleep(session)
+    server.kill()
+    server.restart()
+    session.client = server.client()
+    [known] = session.client.get(f"/v1/sessions/{session.id}/pty/sessions").json()["sessions"]
+    assert known["id"] == id and known["alive"] is True
+    url = f"ws{server.url[4:]}/v1/sessions/{session.id}/pty/{id}/connect?api_key={server.key}"
+    asyncio.run(say(url, b"echo again $mine\n", b"again 42"))
 
 
 def test_whoever_looks_at_a_terminal_stays_through_a_suspension(start_server):

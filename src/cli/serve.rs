@@ -34,6 +34,9 @@ const LOCK: &str = "serve.lock";
 /// The variable with the first key. Not a key of the configuration: secrets do not belong in files.
 const BOOTSTRAP_KEY: &str = "THAW_BOOTSTRAP_KEY";
 
+/// Least time that VMs get to hibernate in when the server goes, however long their commands took.
+const LEAST_FREEZE: Duration = Duration::from_secs(5);
+
 /// Least time of a drain: longer than notes of new VMs are gathered before they are written.
 const LAST_NOTES: Duration = Duration::from_millis(400);
 
@@ -203,6 +206,9 @@ async fn serve(config: Config, chosen: Option<String>) -> anyhow::Result<()> {
         registry,
         started.machine,
     )?;
+    for sleeper in sessions.sleepers() {
+        app.terminals.restore(sleeper);
+    }
     let (stop, stopped) = watch::channel(false);
     let url = server.url();
     let serving = tokio::spawn(server.serve(app.clone(), stopped));
@@ -225,7 +231,16 @@ async fn serve(config: Config, chosen: Option<String>) -> anyhow::Result<()> {
     stop.send_replace(true);
     let drained = async {
         // The store writes notes of VMs that just started a moment later, together.
-        tokio::join!(sessions.drain(grace), tokio::time::sleep(LAST_NOTES));
+        let ended = async {
+            let began = tokio::time::Instant::now();
+            sessions.finish(grace).await;
+            if config.snapshot.hibernate_after_s > 0 {
+                let left = grace.saturating_sub(began.elapsed()).max(LEAST_FREEZE);
+                vms.hibernate_all(left).await;
+            }
+            sessions.end_all().await;
+        };
+        tokio::join!(ended, tokio::time::sleep(LAST_NOTES));
         tasks.settle(LAST_REPLIES).await;
         vms.settle().await;
         auth.flush_uses().await;

@@ -46,7 +46,7 @@ mod workers;
 pub use config::{PoolConfig, SessionConfig};
 pub use execute::Accepted;
 pub use feed::{Feed, Follower, Output};
-pub use process::{Attender, ProcessEvent, ProcessHandle, ProcessInput};
+pub use process::{Attender, ProcessEvent, ProcessHandle, ProcessInput, Sleeper};
 pub use room::RoomWanted;
 pub use rows::{NoRows, SessionRow, SessionRows};
 pub use session::Attendance;

@@ -13,7 +13,7 @@ use super::core::Core;
 use super::live::{End, Live};
 use super::session::{Attendance, Session};
 use super::start::NoVm;
-use super::types::{PlanLimits, SessionError};
+use super::types::{PlanLimits, SessionError, SessionId, TenantId};
 use super::vm::{Channel, Input, Run, RunEvent};
 
 /// Processes that a session's VM runs for its owner at once; its agent takes no more either.
@@ -89,7 +89,7 @@ impl ProcessHandle {
         revived
     }
 
-    async fn go_on(session: &Arc<Session>, suspended: &str, name: &str) -> Option<Self> {
+    pub(crate) async fn go_on(session: &Arc<Session>, suspended: &str, name: &str) -> Option<Self> {
         let live = session.successor(suspended).await?;
         let place = live.processes.clone().try_acquire_owned().ok()?;
         let Channel { output, input } = live.vm.attach(name.to_owned()).await.ok()?;
@@ -113,6 +113,36 @@ impl ProcessHandle {
     /// The way to it, for others than the one who reads.
     pub fn input(&self) -> ProcessInput {
         ProcessInput(self.input.clone())
+    }
+}
+
+/// A terminal of a VM that was suspended by an earlier server.
+#[derive(Debug)]
+pub struct Sleeper {
+    /// Its [`Process::name`].
+    pub name: String,
+    pub(crate) session: Arc<Session>,
+    pub(crate) suspended: String,
+}
+
+impl Sleeper {
+    /// Whose it is, and of which session.
+    pub fn owner(&self) -> (TenantId, SessionId) {
+        (self.session.tenant.clone(), self.session.id.clone())
+    }
+
+    /// Notes that somebody looks at it.
+    pub fn attender(&self) -> Attender {
+        Attender(self.session.clone())
+    }
+
+    /// As [`ProcessHandle::revive`].
+    pub async fn revive(self) -> Option<ProcessHandle> {
+        let revived = ProcessHandle::go_on(&self.session, &self.suspended, &self.name).await;
+        if revived.is_none() {
+            self.session.drop_terminal(&self.name);
+        }
+        revived
     }
 }
 
@@ -194,8 +224,9 @@ impl Core {
                 });
             }
         };
-        let name = process.terminal.map(|_| uuid::Uuid::new_v4().to_string());
-        let attended = name.is_none().then(|| session.attend());
+        // Only a terminal can be gone on with.
+        let name = process.terminal.and(process.name.take());
+        let attended = process.terminal.is_none().then(|| session.attend());
         process.name.clone_from(&name);
         let opened = live.vm.open(process).await;
         let Channel { output, input } = opened.map_err(|error| {

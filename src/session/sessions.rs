@@ -19,6 +19,7 @@ use super::metrics::{Degradation, Metrics};
 use super::output::Budget;
 use super::pool::Pool;
 use super::process::ProcessHandle;
+use super::process::Sleeper;
 use super::reaper::Reaper;
 use super::refill::refill;
 use super::room::Room;
@@ -113,7 +114,12 @@ impl Sessions {
                 };
                 (vm_id, how)
             });
+            let suspended = last_vm.as_ref().filter(|(_, how)| *how == End::Suspended);
+            let terminals = suspended.map(|(vm_id, _)| watch.terminals(vm_id));
             let session = Session::restored(tenant, id, spec, created_at, last_vm);
+            for name in terminals.unwrap_or_default() {
+                session.keep_terminal(&name);
+            }
             // They were admitted once; a limit lowered since takes effect with new ones.
             if table.insert(Arc::new(session), usize::MAX).is_err() {
                 tracing::warn!("a stored session was not loaded");
@@ -289,6 +295,30 @@ impl Sessions {
         self.core.open(&session, limits, process).await
     }
 
+    /// The terminals of VMs that earlier servers suspended.
+    pub fn sleepers(&self) -> Vec<Sleeper> {
+        let mut sleepers = Vec::new();
+        for session in self.core.table.all() {
+            let Some(suspended) = session.suspended() else {
+                continue;
+            };
+            sleepers.extend(session.terminals().into_iter().map(|name| Sleeper {
+                name,
+                session: session.clone(),
+                suspended: suspended.clone(),
+            }));
+        }
+        sleepers
+    }
+
+    /// Names of a session's terminals that run, or sleep with its VM.
+    pub fn terminals(&self, tenant: &TenantId, id: &SessionId) -> Vec<String> {
+        let session = self.session(tenant, id);
+        session
+            .map(|session| session.terminals())
+            .unwrap_or_default()
+    }
+
     /// Wakes the session's VM if that is suspended; else does nothing.
     ///
     /// # Errors
@@ -316,9 +346,15 @@ impl Sessions {
         }
     }
 
-    /// Takes no more commands, lets those that run finish within the grace, then ends every
-    /// VM. Commands that wait in line get [`SessionError::ShuttingDown`].
+    /// [`Self::finish`] and [`Self::end_all`].
     pub async fn drain(&self, grace: Duration) {
+        self.finish(grace).await;
+        self.end_all().await;
+    }
+
+    /// Takes no more commands, and lets those that run finish within the grace. Commands that wait in line get
+    /// [`SessionError::ShuttingDown`].
+    pub async fn finish(&self, grace: Duration) {
         let core = &self.core;
         core.draining.store(true, Ordering::Release);
         core.pool.close();
@@ -327,6 +363,11 @@ impl Sessions {
         if tokio::time::timeout(grace, finished).await.is_err() {
             tracing::warn!("commands still ran at the end of the grace and were cut short");
         }
+    }
+
+    /// Ends every VM.
+    pub async fn end_all(&self) {
+        let core = &self.core;
         core.reaper.hurry();
         for session in core.table.all() {
             session.kill(End::Drained, &core.reaper);

@@ -70,17 +70,19 @@ impl Core {
         if let Some(live) = session.live(&self.reaper) {
             return Ok((live, false));
         }
-        let begun = Begin {
+        let mut begin = Begin {
             vm_id: mint_vm_id(),
             resumes: session.suspended(),
             from: None,
         };
-        let from = match &begun.resumes {
-            Some(vm_id) => Some(self.watch.wake(vm_id).await?),
-            None => None,
-        };
-        self.begin(session, limits, kills, Begin { from, ..begun })
-            .await
+        if let Some(asleep) = &begin.resumes {
+            begin.from = self.watch.wake(asleep).await?;
+            if begin.from.is_none() {
+                session.give_up(asleep);
+                begin.resumes = None;
+            }
+        }
+        self.begin(session, limits, kills, begin).await
     }
 
     /// Starts a VM for a session that has none. The caller has the session's turn.

@@ -265,6 +265,16 @@ impl Sessions {
             .collect()
     }
 
+    /// Every VM that runs for a session.
+    pub fn all_vms(&self) -> Vec<(TenantId, String)> {
+        let all = self.core.table.all().into_iter();
+        let running = all.filter_map(|session| {
+            let live = session.live(&self.core.reaper)?;
+            Some((session.tenant.clone(), live.vm_id.clone()))
+        });
+        running.collect()
+    }
+
     /// Requests for room on this host while it is full: whoever takes them frees a VM's place and says so.
     pub fn room_wanted(&self) -> tokio::sync::mpsc::Receiver<super::RoomWanted> {
         self.core.room.requests()

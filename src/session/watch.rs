@@ -106,11 +106,19 @@ pub trait VmWatch: Debug + Send + Sync + 'static {
     /// Whether this VM was suspended, for sessions that are known from before the server started.
     fn is_suspended(&self, vm_id: &str) -> bool;
 
-    /// A command needs a VM that is suspended: what to restore it from.
+    /// Names of the terminals that a suspended VM had, for sessions that are known from before the server started.
+    fn terminals(&self, _: &str) -> Vec<String> {
+        Vec::new()
+    }
+
+    /// A command needs a VM that is suspended: what to restore it from. `None`: it is lost, and a fresh one takes its place.
     ///
     /// # Errors
     /// It is to be resumed by its owner only, or cannot be.
-    fn wake<'a>(&'a self, vm_id: &'a str) -> BoxFuture<'a, Result<Arc<Frozen>, SessionError>>;
+    fn wake<'a>(
+        &'a self,
+        vm_id: &'a str,
+    ) -> BoxFuture<'a, Result<Option<Arc<Frozen>>, SessionError>>;
 }
 
 /// Keeps no account: for tests, and for servers without one.
@@ -132,7 +140,10 @@ impl VmWatch for NoWatch {
         false
     }
 
-    fn wake<'a>(&'a self, vm_id: &'a str) -> BoxFuture<'a, Result<Arc<Frozen>, SessionError>> {
+    fn wake<'a>(
+        &'a self,
+        vm_id: &'a str,
+    ) -> BoxFuture<'a, Result<Option<Arc<Frozen>>, SessionError>> {
         let asleep = SessionError::Asleep(vm_id.to_owned());
         Box::pin(async { Err(asleep) })
     }

@@ -19,7 +19,7 @@ use thaw_wire::message::{Process, Program, Signal, Size};
 use tokio::sync::watch;
 
 use crate::session::{
-    Attendance, Attender, ProcessEvent, ProcessHandle, ProcessInput, SessionId, TenantId,
+    Attendance, Attender, ProcessEvent, ProcessHandle, ProcessInput, SessionId, Sleeper, TenantId,
 };
 use backlog::Backlog;
 
@@ -51,6 +51,17 @@ impl TerminalId {
     pub fn as_str(&self) -> &str {
         &self.0
     }
+
+    /// What one terminal of this name is called in its VM. A later one of the same name is called otherwise.
+    fn guest_name(&self) -> String {
+        format!("{}~{}", self.0, uuid::Uuid::new_v4())
+    }
+
+    /// The name of a terminal that is called so in its VM.
+    fn of_guest(name: &str) -> Option<Self> {
+        let (id, _) = name.split_once('~')?;
+        Self::parse(id)
+    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -61,6 +72,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// What a terminal is to run.
 #[derive(Clone, Debug)]
 pub struct Wish {
+    /// Its name.
+    pub id: TerminalId,
     /// Program and arguments.
     pub argv: Vec<String>,
     /// Its first size.
@@ -77,7 +90,7 @@ impl Wish {
             env: Default::default(),
             cwd: None,
             terminal: Some(self.size),
-            name: None,
+            name: Some(self.id.guest_name()),
         }
     }
 }
@@ -100,6 +113,19 @@ pub struct Terminal {
 }
 
 impl Terminal {
+    fn new(id: TerminalId, input: Option<ProcessInput>, attender: Attender, size: Size) -> Self {
+        Self {
+            id,
+            created_at: SystemTime::now(),
+            input: watch::Sender::new(input),
+            attender,
+            size: Mutex::new(size),
+            backlog: Backlog::default(),
+            exit: watch::Sender::new(None),
+            is_unwanted: AtomicBool::new(false),
+        }
+    }
+
     /// Its size.
     pub fn size(&self) -> Size {
         *lock(&self.size)
@@ -226,6 +252,21 @@ impl Drop for Viewer {
     }
 }
 
+/// As [`keep`], for one of an earlier server, which sleeps.
+async fn keep_sleeper(terminal: Arc<Terminal>, sleeper: Sleeper) {
+    match sleeper.revive().await {
+        Some(process) => {
+            if let Err(error) = terminal.revived(&process) {
+                tracing::debug!("a terminal did not wake: {error:#}");
+            }
+            keep(terminal, process).await;
+        }
+        None => {
+            terminal.exit.send_replace(Some(VM_ENDED));
+        }
+    }
+}
+
 /// Reads what a terminal writes until it ends.
 async fn keep(terminal: Arc<Terminal>, mut process: ProcessHandle) {
     let code = loop {
@@ -295,16 +336,8 @@ impl Terminals {
         size: Size,
         process: ProcessHandle,
     ) -> Result<Arc<Terminal>, Unfit> {
-        let terminal = Arc::new(Terminal {
-            id,
-            created_at: SystemTime::now(),
-            input: watch::Sender::new(Some(process.input())),
-            attender: process.attender(),
-            size: Mutex::new(size),
-            backlog: Backlog::default(),
-            exit: watch::Sender::new(None),
-            is_unwanted: AtomicBool::new(false),
-        });
+        let input = Some(process.input());
+        let terminal = Arc::new(Terminal::new(id, input, process.attender(), size));
         {
             let mut all = self
                 .map
@@ -325,6 +358,19 @@ impl Terminals {
         }
         tokio::spawn(keep(terminal.clone(), process));
         Ok(terminal)
+    }
+
+    /// Takes in a terminal of a VM that an earlier server suspended. Its size is not known any more: it is a viewer's to
+    /// say, and what it said before is gone.
+    pub fn restore(&self, sleeper: Sleeper) {
+        let Some(id) = TerminalId::of_guest(&sleeper.name) else {
+            return;
+        };
+        let (key, attender) = (sleeper.owner(), sleeper.attender());
+        let size = Size { cols: 80, rows: 24 };
+        let terminal = Arc::new(Terminal::new(id, None, attender, size));
+        self.map.entry(key).or_default().push(terminal.clone());
+        tokio::spawn(keep_sleeper(terminal, sleeper));
     }
 
     /// A session's terminals, oldest first.

@@ -2,10 +2,11 @@
 
 use std::time::Duration;
 
+use futures_util::{StreamExt, stream};
 use tokio::sync::mpsc;
 
 use super::{Status, VmError, Vms};
-use crate::session::{RoomWanted, SessionError};
+use crate::session::{RoomWanted, SessionError, TenantId};
 use crate::snapshots::Kind;
 use crate::store::now_ms;
 
@@ -17,6 +18,9 @@ const NO_WAIT: Duration = Duration::from_millis(20);
 
 /// Idle VMs that are tried for one place: the first may be used, or too large for the disk, just then.
 const MOST_TRIED: usize = 4;
+
+/// VMs that are frozen at the same time when the server goes: each keeps a core and the disk busy.
+const AT_ONCE: usize = 4;
 
 impl Vms {
     /// Hibernates VMs that have had no command for so long, and ends those whose lifetime passes while they
@@ -41,6 +45,31 @@ impl Vms {
                     Err(error) => tracing::warn!(vm = vm_id, "an idle VM goes on running: {error}"),
                 }
             }
+        }
+    }
+
+    /// Hibernates every VM in which no command runs, because the server goes. Those that are not frozen within the time
+    /// go on running, for somebody else to end.
+    pub async fn hibernate_all(&self, within: Duration) {
+        let all = self.sessions.all_vms();
+        if all.is_empty() {
+            return;
+        }
+        let count = all.len();
+        let freeze = async |(tenant, vm_id): (TenantId, String)| {
+            let frozen = self.freeze_and_end(&tenant, &vm_id, NO_WAIT, Kind::Hibernated);
+            match frozen.await {
+                Ok(_) => tracing::debug!(vm = vm_id, "a VM hibernates until the next start"),
+                Err(error) => tracing::warn!(vm = vm_id, "a VM ends with the server: {error}"),
+            }
+        };
+        let frozen = stream::iter(all).for_each_concurrent(AT_ONCE, freeze);
+        match tokio::time::timeout(within, frozen).await {
+            Ok(()) => tracing::info!(count, "VMs hibernate until the next start"),
+            Err(_) => tracing::warn!(
+                count,
+                "some VMs end with the server: there was no time to freeze them"
+            ),
         }
     }
 

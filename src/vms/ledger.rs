@@ -342,6 +342,7 @@ impl VmWatch for Ledger {
                 parked_in: None,
                 hibernated: false,
                 rewound: origin.and_then(|record| record.rewound.clone()),
+                terminals: Vec::new(),
                 options,
                 aliases,
             };
@@ -443,7 +444,15 @@ impl VmWatch for Ledger {
             .is_some_and(|record| record.status == Status::Suspended)
     }
 
-    fn wake<'a>(&'a self, vm_id: &'a str) -> BoxFuture<'a, Result<Arc<Frozen>, SessionError>> {
+    fn terminals(&self, vm_id: &str) -> Vec<String> {
+        let record = self.books().get(vm_id).cloned();
+        record.map(|record| record.terminals).unwrap_or_default()
+    }
+
+    fn wake<'a>(
+        &'a self,
+        vm_id: &'a str,
+    ) -> BoxFuture<'a, Result<Option<Arc<Frozen>>, SessionError>> {
         Box::pin(async move {
             let record = self.books().get(vm_id).cloned();
             let record = record.filter(|record| record.status == Status::Suspended);
@@ -454,8 +463,21 @@ impl VmWatch for Ledger {
             };
             let parked = record.parked_in.clone().unwrap_or_default();
             let opened = self.snapshots.frozen(&record.owner(), &parked).await;
-            let (frozen, _) = opened.map_err(|error| SessionError::Conflict(error.to_string()))?;
-            Ok(frozen)
+            match opened {
+                Ok((frozen, _)) => Ok(Some(frozen)),
+                // Nobody asked for it to sleep, so nobody need know why it does not wake: an upgrade, another image.
+                Err(error @ SnapshotError::Unfit { .. }) if record.hibernated => {
+                    tracing::warn!(vm = vm_id, "a hibernated VM is lost: {error}");
+                    let reason = "it hibernated, and cannot be restored by this server";
+                    let lost = self.change(vm_id, |record| {
+                        record.close(Status::Failed, Some(reason.to_owned()), now_ms());
+                    });
+                    self.unpark(&record);
+                    self.tell(&lost.unwrap_or(record), "vm.failed", true);
+                    Ok(None)
+                }
+                Err(error) => Err(SessionError::Conflict(error.to_string())),
+            }
         })
     }
 }

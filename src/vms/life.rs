@@ -99,6 +99,7 @@ impl Vms {
         // Whoever asked may go away; a VM that is frozen must be noted as such.
         let suspending = tokio::spawn(async move {
             let (ledger, of) = (this.ledger.clone(), record.clone());
+            let terminals = this.sessions.terminals(&tenant, &session);
             let save = |vm| -> futures_util::future::BoxFuture<'static, _> {
                 Box::pin(async move {
                     let parked = ledger.freeze(&of, kind, None, vm).await;
@@ -107,6 +108,7 @@ impl Vms {
                     ledger.change(&of.vm_id, |record| {
                         record.parked_in = Some(parked.id);
                         record.hibernated = kind == Kind::Hibernated;
+                        record.terminals = terminals;
                         record.close(Status::Suspended, None, now_ms());
                     });
                     Ok(())

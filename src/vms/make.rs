@@ -65,6 +65,7 @@ impl Vms {
             parked_in: None,
             hibernated: false,
             rewound: None,
+            terminals: Vec::new(),
             options: new.options,
             aliases: Vec::new(),
         };
@@ -229,6 +230,7 @@ impl Vms {
             parked_in: None,
             hibernated: false,
             rewound: None,
+            terminals: Vec::new(),
             aliases: Vec::new(),
             // A copy does not leave snapshots that its original was asked for.
             options: Options {

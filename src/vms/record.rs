@@ -109,6 +109,9 @@ pub struct VmRecord {
     /// It is suspended because nobody used it: any command wakes it, and its lifetime goes on.
     #[serde(default)]
     pub hibernated: bool,
+    /// Names of the terminals that it had when it was suspended.
+    #[serde(default)]
+    pub terminals: Vec<String>,
     /// The checkpoint that it was taken back to, and when, milliseconds since the Unix epoch.
     #[serde(default)]
     pub rewound: Option<(String, i64)>,

@@ -227,7 +227,9 @@ async fn create(mut call: Call) -> Result<Reply, ApiError> {
         (None, Some(shell)) => vec![shell.clone(), "-il".into()],
         (None, None) => vec!["/bin/bash".into(), "-il".into()],
     };
+    let id = named.unwrap_or_else(TerminalId::mint);
     let wish = Wish {
+        id: id.clone(),
         argv,
         size: asked.size,
     };
@@ -236,7 +238,6 @@ async fn create(mut call: Call) -> Result<Reply, ApiError> {
         .backend
         .open(&caller.tenant, caller.limits, &session, wish.process());
     let process = process.await?;
-    let id = named.unwrap_or_else(TerminalId::mint);
     let inserted = app
         .terminals
         .insert(&caller.tenant, &session, id, asked.size, process);
