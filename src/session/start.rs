@@ -287,7 +287,10 @@ async fn expire(core: &Core, session: &Session, live: &Live) -> End {
         Ok(place) => tokio::time::timeout(LAST_COMMAND, place.turn()).await.ok(),
         Err(Full) => None,
     };
-    let parting = core.watch.expiring(&live.vm_id, &live.vm).await;
+    let parting = core
+        .watch
+        .expiring(&live.vm_id, &live.vm, session.terminals())
+        .await;
     drop(turn);
     match parting {
         Parting::End => End::Expired(session.spec().lifetime),

@@ -85,8 +85,13 @@ pub trait VmWatch: Debug + Send + Sync + 'static {
     /// A VM is no more.
     fn ended(&self, vm_id: &str, how: VmEnd);
 
-    /// A VM's lifetime has passed: the last moment to freeze it.
-    fn expiring<'a>(&'a self, vm_id: &'a str, vm: &'a Arc<dyn Vm>) -> BoxFuture<'a, Parting>;
+    /// A VM's lifetime has passed: the last moment to freeze it. It has terminals of these names.
+    fn expiring<'a>(
+        &'a self,
+        vm_id: &'a str,
+        vm: &'a Arc<dyn Vm>,
+        terminals: Vec<String>,
+    ) -> BoxFuture<'a, Parting>;
 
     /// What is left of the lifetime of a VM that hibernates; `None`: a resumed VM's lifetime begins anew.
     fn remaining(&self, _: &str) -> Option<std::time::Duration> {
@@ -132,7 +137,12 @@ impl VmWatch for NoWatch {
 
     fn ended(&self, _: &str, _: VmEnd) {}
 
-    fn expiring<'a>(&'a self, _: &'a str, _: &'a Arc<dyn Vm>) -> BoxFuture<'a, Parting> {
+    fn expiring<'a>(
+        &'a self,
+        _: &'a str,
+        _: &'a Arc<dyn Vm>,
+        _: Vec<String>,
+    ) -> BoxFuture<'a, Parting> {
         Box::pin(async { Parting::End })
     }
 

@@ -8,8 +8,9 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, bail};
 use thaw_vmm::snapshot::PageMap;
 
+use super::files::{directories, manifest_in, named, open};
 use super::manifest::{MAP, Manifest};
-use super::{archive, directories, manifest_in, named, open, snapshots_dir};
+use super::{archive, snapshots_dir};
 use crate::image::manifest::Part;
 use crate::layers::{Damage, Layers, PAGE, Shelf, Swept};
 use crate::template::manifest::STATE;

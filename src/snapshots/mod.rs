@@ -7,6 +7,8 @@
 
 mod archive;
 mod catalog;
+mod error;
+mod files;
 mod make;
 pub mod manifest;
 mod rebase;
@@ -14,101 +16,32 @@ mod rebase;
 mod tests;
 
 use std::collections::{HashMap, HashSet};
-use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::Context;
-use thaw_vmm::snapshot::PageMap;
 use tokio::sync::{Notify, Semaphore};
 
 pub use archive::{Export, Import, Imported};
 pub use catalog::{Catalog, Difference, Fault};
+pub use error::SnapshotError;
 pub use make::Wish;
 pub use manifest::{Ground, Kind, Manifest};
 pub use rebase::Rebased;
 
-use manifest::MAP;
+use files::{directories, manifest_in, open_now, remove, sweep};
 
 use crate::config::SnapshotConfig;
-use crate::image::manifest::Part;
-use crate::layers::{Layers, PAGE, Shelf};
+use crate::layers::Shelf;
 use crate::session::{Frozen, Shape, TenantId};
-use crate::template::manifest::{FILE, STATE, read_json};
+use crate::template::manifest::FILE;
 
 /// Snapshots that failed are told of until this many more have.
 const FAILURES_TOLD: usize = 100;
 
 /// A sweep reads every manifest, so that many deletions share one.
 const BETWEEN_SWEEPS: Duration = Duration::from_secs(1);
-
-/// Why there is no snapshot.
-#[derive(Debug, thiserror::Error)]
-pub enum SnapshotError {
-    /// There is none by this id that this tenant owns.
-    #[error("no snapshot {0}")]
-    NotFound(String),
-    /// The tenant has as many as one may have.
-    #[error("{limit} snapshots are the most one user may have; delete one first")]
-    TooMany {
-        /// The configured number.
-        limit: usize,
-    },
-    /// The tenant's snapshots take as much as they may.
-    #[error("your snapshots take {used_mib} MiB and {limit_mib} MiB are allowed; delete one first")]
-    TooLarge {
-        /// What they take, this one included.
-        used_mib: u64,
-        /// The configured number.
-        limit_mib: u64,
-    },
-    /// The disk is too full.
-    #[error(
-        "the disk is {short_mib} MiB short: a snapshot of this VM may take {need_mib} MiB, {free_mib} MiB are free and \
-         {floor_mib} MiB stay free; delete snapshots or ask the operator for space"
-    )]
-    NoSpace {
-        /// What is missing.
-        short_mib: u64,
-        /// What it may take.
-        need_mib: u64,
-        /// What is free.
-        free_mib: u64,
-        /// What stays free.
-        floor_mib: u64,
-    },
-    /// It is still being made.
-    #[error("snapshot {0} is still being made; try again when its status is ready")]
-    Building(String),
-    /// It could not be made.
-    #[error("snapshot {id} failed: {why}")]
-    Failed {
-        /// Its id.
-        id: String,
-        /// Why.
-        why: String,
-    },
-    /// It cannot be restored here.
-    #[error("snapshot {id} cannot be restored: {why}")]
-    Unfit {
-        /// Its id.
-        id: String,
-        /// Why.
-        why: String,
-    },
-    /// The VM could not be frozen, or the files not be written.
-    #[error("the VM could not be frozen: {}", public(.0))]
-    NotMade(anyhow::Error),
-}
-
-/// What of a failure is for the one who asked: what the VM said. The rest is the operator's.
-fn public(error: &anyhow::Error) -> String {
-    match error.downcast_ref::<crate::worker::WorkerError>() {
-        Some(said) => said.to_string(),
-        None => "the operator's log has the reason".to_owned(),
-    }
-}
 
 /// How far a snapshot is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -443,117 +376,6 @@ impl Snapshots {
     fn known(&self) -> MutexGuard<'_, HashMap<String, Entry>> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-/// Opens a snapshot by what its manifest says now, if it can be run here.
-fn open_now(
-    dir: &Path,
-    ground: &Ground,
-    shelf: &Shelf,
-) -> anyhow::Result<(Manifest, File, Layers)> {
-    let manifest = manifest_in(dir)?;
-    manifest.check(ground)?;
-    let (state, memory) = open(dir, &manifest, shelf)?;
-    Ok((manifest, state, memory))
-}
-
-/// Opens a snapshot's files, each compared with what its manifest says.
-fn open(dir: &Path, manifest: &Manifest, shelf: &Shelf) -> anyhow::Result<(File, Layers)> {
-    let damaged = "its files are damaged; delete it and make another";
-    let open = |name: &str, part: &Part| {
-        let path = dir.join(name);
-        let whole = Part::of_file(&path)? == *part;
-        anyhow::ensure!(whole, "{damaged}: {name}");
-        File::open(&path).with_context(|| format!("its {name} cannot be opened"))
-    };
-    let state = open(STATE, &manifest.state)?;
-    let map = PageMap::read(&open(MAP, &manifest.memory.map)?)?;
-    let chunks = &manifest.memory.chunks;
-    let sound =
-        map.pages() * PAGE as u64 == manifest.memory.bytes && map.files() as usize == chunks.len();
-    anyhow::ensure!(sound, "{damaged}: map");
-    let base = shelf.open_base(&manifest.memory.base).context(damaged)?;
-    let files = chunks.iter().map(|chunk| shelf.open_chunk(&chunk.sha256));
-    let files = files.collect::<anyhow::Result<Vec<_>>>().context(damaged)?;
-    Ok((state, Layers::new(base, files, map)))
-}
-
-/// Removes a snapshot's directory, its manifest first: without one it is nothing.
-fn remove(dir: &Path) -> anyhow::Result<()> {
-    let gone = |done: std::io::Result<()>| match done {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            Err(error).with_context(|| format!("cannot remove {}", dir.display()))
-        }
-        _ => Ok(()),
-    };
-    gone(std::fs::remove_file(dir.join(FILE)))?;
-    gone(std::fs::remove_dir_all(dir))
-}
-
-/// Directories that are named as snapshots are.
-fn directories(snapshots: &Path) -> anyhow::Result<Vec<PathBuf>> {
-    let cannot = || format!("cannot read {}", snapshots.display());
-    let mut found = Vec::new();
-    for entry in std::fs::read_dir(snapshots).with_context(cannot)? {
-        let entry = entry.with_context(cannot)?;
-        let name = entry.file_name();
-        if name
-            .to_str()
-            .is_some_and(|name| uuid::Uuid::parse_str(name).is_ok())
-        {
-            found.push(entry.path());
-        }
-    }
-    Ok(found)
-}
-
-/// The manifest of the snapshot in a directory.
-fn manifest_in(dir: &Path) -> anyhow::Result<Manifest> {
-    let manifest = Manifest::read(&dir.join(FILE))?;
-    let own = dir.file_name().is_some_and(|name| *name == *manifest.id);
-    anyhow::ensure!(own, "it says that it is snapshot {}", manifest.id);
-    Ok(manifest)
-}
-
-/// Names of the bases and chunks that the snapshots on the disk need. One whose manifest cannot be read may
-/// need any of them.
-fn named(snapshots: &Path) -> anyhow::Result<HashSet<String>> {
-    let mut names = HashSet::new();
-    for dir in directories(snapshots)? {
-        let manifest = dir.join(FILE);
-        if !manifest.exists() {
-            continue;
-        }
-        let said: serde_json::Value = read_json(&manifest)?;
-        // Those of the first format hold all of their memory themselves.
-        if said["format"] == 1 {
-            continue;
-        }
-        let said = Manifest::read(&manifest)?;
-        names.insert(said.memory.base);
-        let chunks = said.memory.chunks.into_iter();
-        names.extend(chunks.map(|chunk| String::from(chunk.sha256)));
-    }
-    Ok(names)
-}
-
-/// Removes what no snapshot on the disk names. Nothing depends on it: what cannot be removed now is for the next time,
-/// and nothing is while it cannot be known what is needed. `false`: the shelf was held.
-fn sweep(shelf: &Shelf, snapshots: &Path) -> bool {
-    if let Err(error) = archive::sweep(snapshots, false) {
-        tracing::warn!("what imports have left is still there: {error:#}");
-    }
-    match shelf.sweep(false, || named(snapshots)) {
-        Ok(Some(swept)) if swept.files > 0 => tracing::info!(
-            files = swept.files,
-            bytes = swept.bytes,
-            "what no snapshot needs is removed"
-        ),
-        Ok(Some(_)) => {}
-        Ok(None) => return false,
-        Err(error) => tracing::warn!("what no snapshot needs is still there: {error:#}"),
-    }
-    true
 }
 
 impl Entry {

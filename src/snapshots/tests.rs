@@ -1,5 +1,6 @@
 //! Snapshots without VMs: what is on the disk, and who may have how much of it.
 
+use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -10,7 +11,7 @@ use thaw_wire::message::{Execute, Process, Renew};
 
 use super::*;
 use crate::layers::tests::frost;
-use crate::layers::{Base, Frost, memory_file};
+use crate::layers::{Base, Frost, Layers, PAGE, memory_file};
 use crate::session::{Channel, Run, SessionId, Vm, VmFigures};
 pub(super) use crate::vms::tests::ground;
 

@@ -14,6 +14,7 @@ mod record;
 #[cfg(test)]
 pub(crate) mod tests;
 mod travel;
+mod watching;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

@@ -15,13 +15,14 @@
 
 mod export;
 mod import;
+mod stage;
 #[cfg(test)]
 mod tests;
 
 pub use export::Export;
 pub use import::{Import, Imported};
 
-pub(super) use import::sweep;
+pub(super) use stage::sweep;
 
 use super::manifest::MAP;
 use crate::layers::PAGE;
