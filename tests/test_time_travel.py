@@ -108,7 +108,11 @@ def test_the_official_client_s_tapes(server):
         assert api.tapes.append_event(tape["id"], "tool_call_end", {"ok": True}, step_id=step)["step_id"] == step == 3
         assert [one["kind"] for one in api.tapes.events(tape["id"], after_step=2)] == ["llm_call", "tool_call_end"]
         assert api.tapes.events(tape["id"], kind="llm_call")[0]["payload"] == {"model": "m"}
-        assert api.tapes.lanes(tape["id"])["lanes"] == {"llm_call": 1, "tool_call_end": 3, "tool_call_start": 2}
+        lanes = api.tapes.lanes(tape["id"])["lanes"]
+        assert lanes == {"fs_summary": 2, "llm_call": 1, "tool_call_end": 3, "tool_call_start": 2}
+        files = [one["payload"] for one in api.tapes.events(tape["id"], kind="fs_summary")]
+        assert "/root/rows" in files[0]["changed_paths"] and "/root/rows" not in files[1]["changed_paths"], files
+        assert files[0]["count"] < 20
         diff = api.tapes.diff(tape["id"], 1, 2)
         assert "/root/rows" in diff["changed_paths"] and diff["mode"] == "fs"
         branch = api.tapes.branch(tape["id"], at_step=2)

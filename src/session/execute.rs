@@ -145,12 +145,18 @@ impl Core {
         };
         let end = running.carry_out(order).await;
         self.metrics.phase(Phase::Exec, began.elapsed());
+        // Kept while the end of a step is noted; a command that still has to be stopped needs its turn itself.
+        let hold = match (&step, &running.run) {
+            (Some(_), None) => running.hold.take(),
+            _ => None,
+        };
         let mut outcome = running.outcome(end);
         outcome.execution_time = at.elapsed();
         outcome.vm_restarted = restarted;
         if let Some(step) = step {
             self.watch.after(step, &outcome).await;
         }
+        drop(hold);
         Ok(outcome)
     }
 }

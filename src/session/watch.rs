@@ -69,12 +69,16 @@ pub struct Next<'a> {
 }
 
 /// A command that somebody keeps account of.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct Step {
     /// What it is written on.
     pub tape: String,
     /// Its number there.
     pub number: i64,
+    /// Where it runs.
+    pub vm: Arc<dyn Vm>,
+    /// When it began.
+    pub began: SystemTime,
 }
 
 /// Keeps account of VMs.
@@ -103,7 +107,7 @@ pub trait VmWatch: Debug + Send + Sync + 'static {
         None
     }
 
-    /// A command has ended that [`Self::before`] gave a step.
+    /// A command has ended that [`Self::before`] gave a step. The next one does not begin before this is done.
     fn after<'a>(&'a self, _: Step, _: &'a Outcome) -> BoxFuture<'a, ()> {
         Box::pin(async {})
     }

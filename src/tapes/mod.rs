@@ -2,7 +2,8 @@
 //! is frozen to a checkpoint, so that the session can go back there or branch off.
 
 use std::collections::HashMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde_json::Value;
 
@@ -66,6 +67,18 @@ pub struct Recording {
     pub tape: String,
     /// It notes the files that each step changed.
     pub files: bool,
+    /// The guest's clock when that was last looked for, nanoseconds since the Unix epoch; 0: not yet.
+    pub looked_ns: Arc<AtomicU64>,
+}
+
+impl Recording {
+    fn of(tape: &TapeRow) -> Self {
+        Self {
+            tape: tape.id.clone(),
+            files: tape.files,
+            looked_ns: Arc::default(),
+        }
+    }
 }
 
 /// All tapes.
@@ -84,8 +97,7 @@ impl Tapes {
         let rows = store.call(|c| TapeRow::recording(c)).await?;
         let recording = rows.into_iter().filter_map(|row| {
             let session = SessionId::parse(&row.session_id)?;
-            let (tape, files) = (row.id, row.files);
-            Some((session, Recording { tape, files }))
+            Some((session, Recording::of(&row)))
         });
         let recording = Mutex::new(recording.collect());
         Ok(Self { store, recording })
@@ -94,6 +106,12 @@ impl Tapes {
     /// The recording of a session, if one runs.
     pub fn of(&self, session: &SessionId) -> Option<Recording> {
         self.recordings().get(session).cloned()
+    }
+
+    /// The recording that a tape is of, while it runs.
+    pub fn recording(&self, tape: &str) -> Option<Recording> {
+        let recordings = self.recordings();
+        recordings.values().find(|one| one.tape == tape).cloned()
     }
 
     /// Begins to record a session; one that is recorded already goes on with that tape.
@@ -128,9 +146,7 @@ impl Tapes {
                 "{MOST_TAPES} tapes are the most one user may have; delete one first"
             )));
         }
-        let (tape, files) = (row.id.clone(), row.files);
-        self.recordings()
-            .insert(new.session, Recording { tape, files });
+        self.recordings().insert(new.session, Recording::of(&row));
         Ok(row)
     }
 

@@ -4,6 +4,7 @@
 //! clients may do with them, [`Ledger`] the records, which the sessions report to.
 
 mod books;
+mod changes;
 mod compare;
 mod fork;
 mod hibernate;

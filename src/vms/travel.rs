@@ -2,10 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, SystemTime};
 
 use serde_json::{Value, json};
 
+use super::changes;
 use super::{Change, Ledger, NewVm, Options, Status, VmError, VmRecord, Vms};
 use crate::session::{
     Begin, Command, Outcome, PlanLimits, SessionId, SessionSpec, Sessions, Step, TenantId, Vm,
@@ -13,7 +15,7 @@ use crate::session::{
 };
 use crate::snapshots::{Kind, SnapshotError};
 use crate::store::{NewTapeEvent, TapeRow, language_name};
-use crate::tapes::{NewTape, TapeError, Tapes, excerpt};
+use crate::tapes::{NewTape, Recording, TapeError, Tapes, excerpt};
 
 /// How often tapes are looked at whose time may be over.
 const LOOK: Duration = Duration::from_secs(60);
@@ -40,7 +42,7 @@ impl Ledger {
         if let Some(context) = &command.context {
             payload["context"] = json!(context.as_str());
         }
-        let checkpoint = match self.checkpoint(&record, vm).await {
+        let checkpoint = match self.checkpoint(&record, vm.clone()).await {
             Ok(id) => Some(id),
             Err(error) => {
                 payload["checkpoint_error"] = json!(error.to_string());
@@ -58,7 +60,13 @@ impl Ledger {
             .inspect_err(|error| tracing::warn!(tape, "a step is not on its tape: {error}"))
             .ok();
         self.thin_out(&tape, &record.owner()).await;
-        step.map(|number| Step { tape, number })
+        let began = SystemTime::now();
+        step.map(|number| Step {
+            tape,
+            number,
+            vm,
+            began,
+        })
     }
 
     /// Notes how a command of a recorded session ended.
@@ -81,6 +89,41 @@ impl Ledger {
             tracing::warn!(
                 tape = step.tape,
                 "the end of a step is not on its tape: {error}"
+            );
+        }
+        let session = self.tapes.recording(&step.tape);
+        if let Some(recording) = session.filter(|recording| recording.files) {
+            self.note_files(&step, &recording).await;
+        }
+    }
+
+    /// Notes the files that a step changed, as its guest tells of them.
+    async fn note_files(&self, step: &Step, recording: &Recording) {
+        let last = recording.looked_ns.load(Ordering::Relaxed);
+        let began = step.began.duration_since(SystemTime::UNIX_EPOCH);
+        let began_ns = began.map_or(0, |at| u64::try_from(at.as_nanos()).unwrap_or(0));
+        // The guest's own clock, once it is known: the host's may be another.
+        let since = if last == 0 { began_ns } else { last };
+        let payload = match changes::since(&*step.vm, since).await {
+            Ok(found) => {
+                recording.looked_ns.store(found.now_ns, Ordering::Relaxed);
+                json!({ "changed_paths": found.paths, "count": found.count, "status": "ok" })
+            }
+            Err(error) => {
+                tracing::debug!("a guest does not tell which files changed: {error:#}");
+                json!({ "changed_paths": [], "error": "the guest does not tell", "status": "failed" })
+            }
+        };
+        let event = NewTapeEvent {
+            step: Some(step.number),
+            kind: "fs_summary".to_owned(),
+            payload: payload.to_string(),
+            checkpoint: None,
+        };
+        if let Err(error) = self.tapes.append(&step.tape, event).await {
+            tracing::warn!(
+                tape = step.tape,
+                "a step's files are not on its tape: {error}"
             );
         }
     }

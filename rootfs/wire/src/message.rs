@@ -229,6 +229,14 @@ pub enum FileWork {
         /// Most lines.
         limit: u64,
     },
+    /// What was made or changed since, in every file system of the guest's own: JSON lines of [`FileInfo`], then one of
+    /// [`Looked`].
+    Changed {
+        /// The guest's clock, nanoseconds since the Unix epoch.
+        since_ns: u64,
+        /// Most lines; the rest is counted.
+        limit: u64,
+    },
     /// One JSON line of [`FileInfo`].
     Stat {
         /// Anything; a symbolic link is not followed.
@@ -266,6 +274,15 @@ pub enum FileWork {
         #[serde(default)]
         recursive: bool,
     },
+}
+
+/// The last line of [`FileWork::Changed`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Looked {
+    /// The guest's clock when it began to look: to be asked since, the next time.
+    pub now_ns: u64,
+    /// What was changed and is not in the list.
+    pub more: u64,
 }
 
 /// What can be told about a file.

@@ -82,6 +82,7 @@ fn carry_out(work: &FileWork) -> Result<(), Failure> {
             recursive,
             limit,
         } => tree::list(path, *recursive, *limit),
+        FileWork::Changed { since_ns, limit } => tree::changed(*since_ns, *limit),
         FileWork::Stat { path } => tree::stat(path),
         FileWork::Mkdir { path, parents } => tree::mkdir(path, *parents),
         FileWork::Remove { path, recursive } => tree::remove(path, *recursive),

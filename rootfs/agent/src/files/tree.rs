@@ -5,8 +5,9 @@ use std::fs;
 use std::io::{self, BufWriter, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
 
-use thaw_wire::message::{FileInfo, FileKind};
+use thaw_wire::message::{FileInfo, FileKind, Looked};
 
 use super::{About, Failure};
 
@@ -69,6 +70,53 @@ pub(super) fn list(path: &str, recursive: bool, limit: u64) -> Result<(), Failur
         }
     }
     out.flush().about(path)
+}
+
+/// What the kernel makes up, and what changes by itself.
+const NOT_OURS: [&str; 4] = ["/proc", "/sys", "/dev", "/run"];
+
+/// Lists what was made or changed since. What was removed shows as a change of its directory.
+pub(super) fn changed(since_ns: u64, limit: u64) -> Result<(), Failure> {
+    let root = "/";
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    let now_ns = now.map_or(0, |now| u64::try_from(now.as_nanos()).unwrap_or(u64::MAX));
+    let mut out = BufWriter::new(io::stdout().lock());
+    let (mut left, mut more) = (limit, 0);
+    let mut open = vec![PathBuf::from(root)];
+    while let Some(directory) = open.pop() {
+        // What was removed, or may not be read, has nothing to tell.
+        let Ok(entries) = fs::read_dir(&directory) else {
+            continue;
+        };
+        for entry in entries.flatten() {
+            let path = entry.path();
+            let Ok(found) = entry.metadata() else {
+                continue;
+            };
+            if found.is_dir() {
+                if NOT_OURS.iter().any(|other| path == Path::new(other)) {
+                    continue;
+                }
+                open.push(path.clone());
+            }
+            let at = i128::from(found.ctime()) * 1_000_000_000 + i128::from(found.ctime_nsec());
+            if at < i128::from(since_ns) {
+                continue;
+            }
+            if left == 0 {
+                more += 1;
+                continue;
+            }
+            let Ok(told) = info(&path) else { continue };
+            left -= 1;
+            say(&mut out, &told).about(root)?;
+        }
+    }
+    serde_json::to_writer(&mut out, &Looked { now_ns, more })
+        .map_err(io::Error::from)
+        .about(root)?;
+    out.write_all(b"\n").about(root)?;
+    out.flush().about(root)
 }
 
 /// A directory's entries, last first: of too many, only those that come first are kept.
