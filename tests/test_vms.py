@@ -455,3 +455,19 @@ def test_more_vcpus_are_more_of_a_busy_processor(api, server):
         api.vms.delete(vm_id)
     assert before is not None
     assert spent[8] > 2 * spent[1], spent
+
+
+def test_a_lifetime_begins_anew_when_its_owner_says_so(api, client):
+    short = api.vms.create(vm_lifetime_seconds=20)
+    long = api.vms.create(vm_lifetime_seconds=3600)
+    left = lambda vm: client.get(f"/v1/sessions/status/{vm['session_id']}").json()
+    time.sleep(3)
+    told = api.vms.update(short["vm_id"], vm_lifetime_seconds=3600)
+    assert told["vm_lifetime_seconds"] == 3600 and told["expires_at"] > short["expires_at"]
+    assert api.vms.update(long["vm_id"], vm_lifetime_seconds=20)["expires_at"] < long["expires_at"]
+    assert 3590 < left(short)["expires_in_seconds"] <= 3600 and 15 < left(long)["expires_in_seconds"] <= 20
+    wait_for(lambda: not left(long)["vm_alive"], "the renewed lifetime to pass", bound=40)
+    assert left(short)["vm_alive"] and api.vms.get(long["vm_id"])["status"] == "terminated"
+    refused(lambda: api.vms.update(long["vm_id"], vm_lifetime_seconds=60), 409)
+    refused(lambda: api.vms.update(short["vm_id"], vm_lifetime_seconds=5), 422)
+    api.vms.delete(short["vm_id"])

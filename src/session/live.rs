@@ -54,7 +54,8 @@ pub(crate) struct Live {
     pub(crate) vm_id: String,
     pub(crate) vm: Arc<dyn Vm>,
     pub(crate) started: Instant,
-    pub(crate) expires: Instant,
+    /// When its lifetime ends. Told to its keeper whenever it is another.
+    expires: watch::Sender<Instant>,
     /// An interpreter was replaced, and no command has told so yet.
     pub(crate) state_lost: AtomicBool,
     /// Somebody wants to freeze it at the end of its lifetime: only its keeper may end it then.
@@ -80,7 +81,7 @@ impl Live {
             vm_id,
             vm,
             started,
-            expires: started + lifetime,
+            expires: watch::Sender::new(started + lifetime),
             state_lost: AtomicBool::new(false),
             lingers: AtomicBool::new(false),
             staged: Mutex::default(),
@@ -100,6 +101,34 @@ impl Live {
         drop(plan);
         reaper.end(self.vm.clone(), Some(host));
         true
+    }
+
+    /// When its lifetime ends.
+    pub(crate) fn expires(&self) -> Instant {
+        *self.expires.borrow()
+    }
+
+    /// Its lifetime begins anew, and is this long.
+    pub(crate) fn renew(&self, lifetime: Duration) {
+        self.expires.send_replace(Instant::now() + lifetime);
+    }
+
+    /// Resolves when its lifetime has passed, however often it was renewed before.
+    pub(crate) async fn expired(&self) {
+        let mut expires = self.expires.subscribe();
+        loop {
+            let at = *expires.borrow_and_update();
+            if Instant::now() >= at {
+                return;
+            }
+            tokio::select! {
+                () = tokio::time::sleep_until(at) => {}
+                changed = expires.changed() => if changed.is_err() {
+                    // The sender lives in `self`.
+                    return;
+                },
+            }
+        }
     }
 
     /// Variables for everything that is run from now on.

@@ -238,7 +238,7 @@ impl Session {
             Slot::Active(live) => live.clone(),
             _ => return None,
         };
-        if Instant::now() >= live.expires && !live.lingers.load(Ordering::Acquire) {
+        if Instant::now() >= live.expires() && !live.lingers.load(Ordering::Acquire) {
             self.end_vm(&live, End::Expired(self.spec().lifetime), reaper);
             return None;
         }
@@ -339,10 +339,10 @@ impl Session {
         };
         match slot {
             Slot::None => {}
-            Slot::Active(live) if now < live.expires || live.lingers.load(Ordering::Acquire) => {
+            Slot::Active(live) if now < live.expires() || live.lingers.load(Ordering::Acquire) => {
                 view.vm = Some((live.vm_id.clone(), VmStatus::Active));
                 view.uptime = Some(now.duration_since(live.started));
-                view.expires_in = Some(live.expires.saturating_duration_since(now));
+                view.expires_in = Some(live.expires().saturating_duration_since(now));
             }
             Slot::Active(live) => view.vm = Some((live.vm_id.clone(), VmStatus::Killed)),
             Slot::Starting { before, .. } => {

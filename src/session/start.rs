@@ -278,7 +278,7 @@ async fn keep(core: Arc<Core>, session: Arc<Session>, live: Arc<Live>) {
 
 /// Waits for the end of a VM's lifetime, and for what somebody wants to do with it then.
 async fn expire(core: &Core, session: &Session, live: &Live) -> End {
-    tokio::time::sleep_until(live.expires).await;
+    live.expired().await;
     if !live.lingers.load(Ordering::Acquire) {
         return End::Expired(session.spec().lifetime);
     }

@@ -203,6 +203,23 @@ impl Sessions {
         Ok(())
     }
 
+    /// Begins this VM's lifetime anew.
+    ///
+    /// # Errors
+    /// [`SessionError::NotFound`], [`SessionError::NoVm`].
+    pub fn renew_lifetime(
+        &self,
+        tenant: &TenantId,
+        id: &SessionId,
+        vm_id: &str,
+        lifetime: Duration,
+    ) -> Result<(), SessionError> {
+        let live = self.session(tenant, id)?.running(vm_id);
+        let live = live.ok_or_else(|| SessionError::NoVm(id.clone()))?;
+        live.renew(lifetime);
+        Ok(())
+    }
+
     /// Gives variables to everything that runs in this VM from now on. They are kept in memory only
     /// and go with the VM.
     ///

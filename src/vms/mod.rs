@@ -32,7 +32,7 @@ pub use travel::payload;
 use crate::audit::{Audit, Event};
 use crate::session::{SessionError, SessionId, SessionSpec, Sessions, TenantId};
 use crate::snapshots::{SnapshotError, Snapshots};
-use crate::store::StoreError;
+use crate::store::{StoreError, now_ms};
 use crate::tapes::TapeError;
 
 /// Why a VM cannot do what was asked.
@@ -88,6 +88,8 @@ pub struct VmChange {
     pub auto_resume: Option<bool>,
     /// Guest memory, which must be what it has.
     pub memory_mib: Option<u32>,
+    /// Its lifetime begins anew, and is this long.
+    pub lifetime: Option<Duration>,
 }
 
 /// A clone, and what became of what was between.
@@ -176,6 +178,9 @@ impl Vms {
                  memory_mb {wanted} instead"
             )));
         }
+        if let Some(lifetime) = change.lifetime {
+            self.renew_lifetime(tenant, &record, lifetime)?;
+        }
         if let (Some(metadata), Some(session)) = (&change.metadata, record.session()) {
             let mut spec = (*self.sessions.spec(tenant, &session)?).clone();
             spec.metadata = metadata.clone();
@@ -195,6 +200,11 @@ impl Vms {
             }
             if let Some(metadata) = change.metadata {
                 record.metadata = metadata;
+            }
+            if let Some(lifetime) = change.lifetime {
+                record.lifetime_s = lifetime.as_secs();
+                let length = i64::try_from(lifetime.as_millis()).unwrap_or(i64::MAX);
+                record.expires_ms = Some(now_ms().saturating_add(length));
             }
         });
         let record = changed.ok_or_else(|| VmError::NotFound(vm_id.to_owned()))?;
@@ -233,6 +243,31 @@ impl Vms {
         }
         let (id, status) = (&record.vm_id, record.status.name());
         Err(VmError::State(format!("VM {id} is {status}; {need}")))
+    }
+
+    /// Begins the lifetime of a VM anew that runs or hibernates.
+    fn renew_lifetime(
+        &self,
+        tenant: &TenantId,
+        record: &VmRecord,
+        lifetime: Duration,
+    ) -> Result<(), VmError> {
+        match record.status {
+            // Asleep, its lifetime goes on by its record.
+            Status::Suspended if record.hibernated => Ok(()),
+            Status::Active => {
+                let session = self.session_of(record)?;
+                let vm_id = &record.vm_id;
+                self.sessions
+                    .renew_lifetime(tenant, &session, vm_id, lifetime)?;
+                Ok(())
+            }
+            _ => Err(VmError::State(format!(
+                "VM {} is {}; its lifetime begins anew when it runs",
+                record.vm_id,
+                record.status.name()
+            ))),
+        }
     }
 
     fn session_of(&self, record: &VmRecord) -> Result<SessionId, VmError> {

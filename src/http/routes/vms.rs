@@ -121,7 +121,10 @@ fn schemas() -> Vec<(&'static str, Value)> {
         "egress_policy": or_null(json!({ "$ref": "#/components/schemas/EgressRequest" })),
         "volumes": or_null(json!({ "type": "array", "items": { "type": "object" } })),
     });
-    let mut change = json!({ "memory_mb": or_null(memory) });
+    let mut change = json!({
+        "memory_mb": or_null(memory),
+        "vm_lifetime_seconds": wanted["vm_lifetime_seconds"].clone(),
+    });
     if let (Some(options), Some(wanted), Some(change)) = (
         options.as_object(),
         wanted.as_object_mut(),
@@ -336,6 +339,10 @@ async fn update(mut call: Call) -> Result<Reply, ApiError> {
         if fields.given("memory_mb") {
             let mib = fields.int("memory_mb", 0, 128, 8192);
             change.memory_mib = u32::try_from(mib).ok();
+        }
+        if fields.given("vm_lifetime_seconds") {
+            let seconds = fields.int("vm_lifetime_seconds", 300, 20, 86_400);
+            change.lifetime = Some(std::time::Duration::from_secs(seconds.unsigned_abs()));
         }
         (change, fields.strings("vault_ids"))
     })?;
