@@ -10,3 +10,4 @@ pub mod restore;
 pub mod samples;
 pub mod server;
 pub mod streams;
+pub mod tapes;

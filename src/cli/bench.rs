@@ -10,7 +10,7 @@ use super::{DataDir, exit};
 use crate::bench::facts::Facts;
 use crate::bench::samples::Samples;
 use crate::bench::server::Server;
-use crate::bench::{cases, forks, restore, streams};
+use crate::bench::{cases, forks, restore, streams, tapes};
 use crate::image::Image;
 
 /// Measure this host: starts what it needs by itself and ends it again.
@@ -25,6 +25,7 @@ use crate::image::Image;
   thaw bench stream     a line's print in the guest to its event at the client
   thaw bench files      100 MiB into a VM and out again
   thaw bench fork       8 forks of a VM with 20 MiB of its own, its wake from disk, its snapshot's size
+  thaw bench tape       what recording a session costs its commands
 Figures are for this host and this minute: compare what was measured in one run.")]
 pub struct BenchArgs {
     /// What to measure.
@@ -53,6 +54,7 @@ enum Case {
     Stream,
     Files,
     Fork,
+    Tape,
 }
 
 /// Runs the command.
@@ -139,6 +141,13 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<ExitCode> {
                 report.samples(samples)?;
             }
             report.figure("its snapshot adds to the disk", done.snapshot_mib, "MiB");
+        }
+        Case::Tape => {
+            let all = tapes::measure(&server, runs(100))?;
+            report.facts(&facts);
+            for samples in &all {
+                report.samples(samples)?;
+            }
         }
         Case::Restore => {}
     }
