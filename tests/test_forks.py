@@ -168,7 +168,9 @@ def test_the_command_line_sees_snapshots_as_they_are(make, server):
     assert listed[0]["own_bytes"] < 1 << 20 < listed[1]["own_bytes"] < 12 << 20
     assert [one["depth"] for one in thaw("tree")[1]] == [0, 1]
     memory = thaw("diff", first, second[:8])[1][0]["memory"]
-    assert 4 << 20 <= memory["pages"] * 4096 <= 12 << 20
+    assert 4 << 20 <= memory["pages"] * 4096 <= 12 << 20 and memory["runs"] == []
+    runs = thaw("diff", first, second, "--pages")[1][0]["memory"]["runs"]
+    assert sum(count for _, count in runs) == memory["pages"] and runs == sorted(runs)
     assert thaw("gc", "--dry-run")[1] == [{"dry_run": True, "files": 0, "bytes": 0}]
     done, said = thaw("verify")
     assert done.returncode == 0 and all(one["sound"] for one in said)

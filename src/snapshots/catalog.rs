@@ -59,7 +59,7 @@ impl std::fmt::Display for Fault {
 }
 
 /// How the memory of two VMs differs.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct Difference {
     /// Pages that differ.
     pub pages: u64,
@@ -69,6 +69,8 @@ pub struct Difference {
     pub filled: u64,
     /// Pages that were compared; the others lie in the same place.
     pub compared: u64,
+    /// Which pages differ: runs of them, as the first one's number and how many.
+    pub runs: Vec<(u64, u64)>,
 }
 
 impl Catalog {
@@ -234,6 +236,10 @@ impl Catalog {
             second.read(page, &mut other)?;
             if one != other {
                 found.pages += 1;
+                match found.runs.last_mut() {
+                    Some((first, count)) if *first + *count == page => *count += 1,
+                    _ => found.runs.push((page, 1)),
+                }
                 found.zeroed += u64::from(other == [0; PAGE]);
                 found.filled += u64::from(one == [0; PAGE]);
             }

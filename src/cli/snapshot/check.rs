@@ -64,13 +64,16 @@ pub(super) fn verify(
 
 pub(super) fn diff(
     catalog: &Catalog,
-    a: &str,
-    b: &str,
+    (a, b): (&str, &str),
+    pages: bool,
     remote: Option<&Remote>,
     as_json: bool,
 ) -> anyhow::Result<()> {
     let (a, b) = (catalog.find(a)?, catalog.find(b)?);
-    let found = catalog.diff(a, b)?;
+    let mut found = catalog.diff(a, b)?;
+    if !pages {
+        found.runs.clear();
+    }
     let files = remote.map(|remote| {
         let path = format!("/v1/snapshots/{}/diff?to={}", a.id, b.id);
         remote.get_slow(&path, LISTING)
@@ -92,6 +95,10 @@ pub(super) fn diff(
         found.zeroed,
         found.filled
     );
+    for (first, count) in &found.runs {
+        let (from, to) = (first * 4096, (first + count) * 4096 - 1);
+        println!("  {from:#014x}-{to:#014x}  {}", human_bytes(count * 4096));
+    }
     if let Some(files) = files {
         show_files(&files);
     }

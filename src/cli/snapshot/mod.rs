@@ -67,6 +67,9 @@ enum SnapshotCommand {
         a: String,
         /// The second.
         b: String,
+        /// Which pages of memory, too, by their addresses in the guest.
+        #[arg(long)]
+        pages: bool,
         /// The files in the guests, too; a server restores both for a moment.
         #[arg(long)]
         files: bool,
@@ -133,11 +136,12 @@ pub fn run(args: &SnapshotArgs) -> anyhow::Result<ExitCode> {
         SnapshotCommand::Diff {
             a,
             b,
+            pages,
             files,
             remote,
         } => {
             let remote = files.then_some(remote);
-            check::diff(&catalog, a, b, remote, args.json)?;
+            check::diff(&catalog, (a, b), *pages, remote, args.json)?;
         }
         SnapshotCommand::Tree => look::tree(&catalog, args.json),
         SnapshotCommand::Gc { dry_run } => check::gc(&catalog, *dry_run, args.json)?,
