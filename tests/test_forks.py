@@ -171,7 +171,10 @@ def test_the_command_line_sees_snapshots_as_they_are(make, server):
     assert 4 << 20 <= memory["pages"] * 4096 <= 12 << 20 and memory["runs"] == []
     runs = thaw("diff", first, second, "--pages")[1][0]["memory"]["runs"]
     assert sum(count for _, count in runs) == memory["pages"] and runs == sorted(runs)
-    assert thaw("gc", "--dry-run")[1] == [{"dry_run": True, "files": 0, "bytes": 0}]
+    [swept] = thaw("gc", "--dry-run")[1]
+    assert (swept["files"], swept["bytes"]) == (0, 0)
+    assert {"base", "chunk"} == {one["kind"] for one in swept["reached"]}
+    assert [first, second] in [one["snapshots"] for one in swept["reached"]], "what both need"
     done, said = thaw("verify")
     assert done.returncode == 0 and all(one["sound"] for one in said)
     # One byte of one page that both have.

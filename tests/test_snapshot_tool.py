@@ -168,7 +168,7 @@ def test_export_and_import_go_on_after_kill_9(make, server, other, tmp_path):
     tool(other, "import", str(file))
     assert [said["id"] for said in tool(other, "verify")] == [one]
     assert not list((other.data / "snapshots/importing").iterdir())
-    assert tool(other, "gc", "--dry-run") == [{"dry_run": True, "files": 0, "bytes": 0}]
+    assert tool(other, "gc", "--dry-run")[0]["files"] == 0
 
 
 def test_a_snapshot_moves_to_a_new_template_and_the_old_one_s_memory_goes():

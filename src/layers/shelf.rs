@@ -311,6 +311,12 @@ impl Shelf {
         disk_bytes(&self.chunk_path(name))
     }
 
+    /// Bytes that a base, or a chunk, takes on the disk.
+    pub fn bytes_of(&self, base: bool, name: &str) -> u64 {
+        let dir = if base { self.bases() } else { self.chunks() };
+        disk_bytes(&dir.join(name))
+    }
+
     /// Whether this process has read all of these, or written them.
     pub fn knows<'a>(&self, names: impl IntoIterator<Item = &'a str>) -> bool {
         names.into_iter().all(|name| self.is_proved(name))

@@ -1,7 +1,7 @@
 //! Snapshots as files: looked at, checked and compared by whoever may read the data directory, whether or not a server
 //! runs. Nothing here changes a snapshot; [`Catalog::sweep`] removes what none needs.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
@@ -56,6 +56,19 @@ impl std::fmt::Display for Fault {
             Self::Base(why) => write!(f, "its base: {why}"),
         }
     }
+}
+
+/// A file that snapshots share, and those that need it.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct Reached {
+    /// Its digest, and name.
+    pub name: String,
+    /// `base` or `chunk`.
+    pub kind: &'static str,
+    /// Bytes that it takes on the disk.
+    pub bytes: u64,
+    /// Ids of the snapshots, oldest first.
+    pub snapshots: Vec<String>,
 }
 
 /// How the memory of two VMs differs.
@@ -245,6 +258,27 @@ impl Catalog {
             }
         }
         Ok(found)
+    }
+
+    /// Every base and chunk that some snapshot needs, by name, and which do.
+    pub fn reached(&self) -> Vec<Reached> {
+        let mut reached: BTreeMap<(&'static str, &str), Vec<String>> = BTreeMap::new();
+        for one in &self.snapshots {
+            let chunks = one.memory.chunks.iter();
+            let chunks = chunks.map(|chunk| ("chunk", chunk.sha256.as_str()));
+            for file in chunks.chain([("base", one.memory.base.as_str())]) {
+                reached.entry(file).or_default().push(one.id.clone());
+            }
+        }
+        let told = reached
+            .into_iter()
+            .map(|((kind, name), snapshots)| Reached {
+                name: name.to_owned(),
+                kind,
+                bytes: self.shelf.bytes_of(kind == "base", name),
+                snapshots,
+            });
+        told.collect()
     }
 
     /// Removes what no snapshot needs, or only says what that would be. `None`: a snapshot is being made just now.

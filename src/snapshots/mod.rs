@@ -24,7 +24,7 @@ use anyhow::Context;
 use tokio::sync::{Notify, Semaphore};
 
 pub use archive::{Export, Import, Imported};
-pub use catalog::{Catalog, Difference, Fault};
+pub use catalog::{Catalog, Difference, Fault, Reached};
 pub use error::SnapshotError;
 pub use make::Wish;
 pub use manifest::{Ground, Kind, Manifest};

@@ -139,19 +139,36 @@ pub(super) fn gc(catalog: &Catalog, dry_run: bool, as_json: bool) -> anyhow::Res
     let Some(swept) = catalog.sweep(dry_run)? else {
         bail!("a snapshot is being made just now; try again when it is done");
     };
+    let reached = match dry_run {
+        true => catalog.reached(),
+        false => Vec::new(),
+    };
     if as_json {
         println!(
             "{}",
-            json!({ "dry_run": dry_run, "files": swept.files, "bytes": swept.bytes })
+            json!({ "dry_run": dry_run, "files": swept.files, "bytes": swept.bytes, "reached": reached })
         );
-    } else {
-        let done = if dry_run { "would be" } else { "were" };
-        println!(
-            "{} files with {} that no snapshot needs {done} removed",
-            swept.files,
-            human_bytes(swept.bytes)
-        );
+        return Ok(());
     }
+    let mut table = Table::new(&["FILE", "KIND", "SIZE", "NEEDED BY"]);
+    for file in &reached {
+        let by: Vec<String> = file.snapshots.iter().map(|id| short(id)).collect();
+        table.row([
+            short(&file.name),
+            file.kind.to_owned(),
+            human_bytes(file.bytes),
+            by.join(" "),
+        ]);
+    }
+    if !reached.is_empty() {
+        print!("{table}");
+    }
+    let done = if dry_run { "would be" } else { "were" };
+    println!(
+        "{} files with {} that no snapshot needs {done} removed",
+        swept.files,
+        human_bytes(swept.bytes)
+    );
     Ok(())
 }
 
