@@ -97,6 +97,7 @@ const BOUNCE: Tuning = Tuning { force_bounce: true };
 async fn boot(tuning: Tuning) -> Worker {
     let worker = launcher().spawn().await.unwrap();
     let boot = Boot {
+        vcpus: 1,
         memory_mib: 256,
         cmdline: pv::CMDLINE.to_owned(),
         machine: None,

@@ -93,7 +93,12 @@ pub fn build(options: &Options, cancel: &Cancel, progress: &mut Progress) -> any
     host_tools::require(IMAGE_TOOLS, options.install, cancel, progress)?;
     let scratch = Scratch::new(&options.data_dir)?;
     // Only the agent changed: root file system and kernel are taken from the image that is there.
-    let reusable = existing.filter(|image| image.manifest.root_key == root_key && !options.force);
+    let reusable = existing.filter(|image| {
+        let manifest = &image.manifest;
+        manifest.root_key == root_key
+            && super::modules::complete(&manifest.modules)
+            && !options.force
+    });
     let parts = match reusable {
         Some(image) => {
             progress.step("reusing the root file system and kernel of the image that is there");
@@ -334,7 +339,9 @@ fn kernel_of_an_image(data_dir: &Path, package: &str, dir: &Path) -> Option<Kern
         .ok()?
         .into_iter()
         .filter_map(|listed| listed.image.ok())
-        .find(|image| image.manifest.kernel == package)?;
+        .find(|image| {
+            image.manifest.kernel == package && super::modules::complete(&image.manifest.modules)
+        })?;
     // A damaged image is no reason to fail: the kernel is downloaded then.
     let sound =
         Part::of_file(&image.kernel_path()).is_ok_and(|part| part == image.manifest.vmlinux);
@@ -369,7 +376,6 @@ fn write_initramfs(path: &Path, agent: &Agent, parts: &Parts) -> anyhow::Result<
             agent.bytes.len() as u64,
             &mut &agent.bytes[..],
         )?;
-        let mut order = String::new();
         for module in &parts.kernel.modules {
             let name = format!("modules/{}", module.file);
             archive.file(
@@ -378,15 +384,11 @@ fn write_initramfs(path: &Path, agent: &Agent, parts: &Parts) -> anyhow::Result<
                 module.bytes.len() as u64,
                 &mut &module.bytes[..],
             )?;
-            order.push_str(&module.file);
-            order.push('\n');
         }
-        archive.file(
-            "modules/order",
-            0o644,
-            order.len() as u64,
-            &mut order.as_bytes(),
-        )?;
+        for (name, lines) in super::modules::orders(&parts.kernel.modules) {
+            let name = format!("modules/{name}");
+            archive.file(&name, 0o644, lines.len() as u64, &mut lines.as_bytes())?;
+        }
         let mut squashfs = File::open(&parts.squashfs)?;
         let bytes = squashfs.metadata()?.len();
         archive.file(ROOT_SQUASHFS, 0o644, bytes, &mut squashfs)?;

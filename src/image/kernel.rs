@@ -103,7 +103,7 @@ pub fn fetch(
     let modules = loop {
         unpack(&package_tar, &tree, &wanted, cancel)?;
         let release = only_entry(&tree.join("lib/modules"), |_| true)?;
-        match Tree::open(&release)?.closure(modules::WANTED) {
+        match Tree::open(&release)?.closure(&modules::WANTED) {
             Ok(modules) => break modules,
             // Not unpacked yet; or not in the package, when it was asked for already.
             Err(error) => match error.downcast::<MissingModule>()? {

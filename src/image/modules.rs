@@ -15,9 +15,25 @@ use anyhow::{Context, bail};
 )]
 pub struct MissingModule(pub String);
 
-/// What every guest needs: its root (loop, squashfs, overlay), the wire's interrupt (xen-evtchn),
-/// and, for what streams over the wire later, tun and fuse.
-pub const WANTED: &[&str] = &["loop", "squashfs", "overlay", "xen-evtchn", "tun", "fuse"];
+/// What every guest needs: its root (loop, squashfs, overlay), the wire's interrupt (xen-evtchn on the `pv` machine,
+/// the parallel port's drivers on `hvm`), and, for what streams over the wire later, tun and fuse.
+pub const WANTED: [&str; 8] = [
+    "loop",
+    "squashfs",
+    "overlay",
+    "xen-evtchn",
+    "parport_pc",
+    "ppdev",
+    "tun",
+    "fuse",
+];
+
+/// Modules for one machine alone; the others are for all.
+const PV: &[&str] = &["xen_evtchn"];
+const HVM: &[&str] = &["parport", "parport_pc", "ppdev"];
+
+/// Parameters of a module. With the port named, its driver does not search the bus for others.
+const PARAMETERS: &[(&str, &str)] = &[("parport_pc", "io=0x378 irq=7")];
 
 /// A module that goes into the initramfs.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -26,6 +42,43 @@ pub struct Module {
     pub file: String,
     /// Its bytes, uncompressed.
     pub bytes: Vec<u8>,
+}
+
+impl Module {
+    /// Its normal name.
+    fn name(&self) -> String {
+        normal(self.file.trim_end_matches(".ko"))
+    }
+}
+
+/// The lists that the agent loads modules by, with their names: first that of every machine.
+pub fn orders(modules: &[Module]) -> [(&'static str, String); 3] {
+    let mut orders = ["order", "order.pv", "order.hvm"].map(|name| (name, String::new()));
+    for module in modules {
+        let name = module.name();
+        let list = match name.as_str() {
+            name if PV.contains(&name) => 1,
+            name if HVM.contains(&name) => 2,
+            _ => 0,
+        };
+        let text = &mut orders[list].1;
+        text.push_str(&module.file);
+        for (_, parameters) in PARAMETERS.iter().filter(|(of, _)| *of == name) {
+            text.push(' ');
+            text.push_str(parameters);
+        }
+        text.push('\n');
+    }
+    orders
+}
+
+/// Whether all that a guest needs is among these files; what is built into the kernel counts as missing.
+pub fn complete(files: &[String]) -> bool {
+    WANTED.iter().all(|wanted| {
+        files
+            .iter()
+            .any(|file| normal(file.trim_end_matches(".ko")) == normal(wanted))
+    })
 }
 
 /// Modules found under a kernel's module directory, by normal name, and those built in.
@@ -274,6 +327,23 @@ mod tests {
 
     fn names(modules: &[Module]) -> Vec<&str> {
         modules.iter().map(|module| module.file.as_str()).collect()
+    }
+
+    #[test]
+    fn modules_are_listed_by_machine_and_with_their_parameters() {
+        let module = |file: &str| Module {
+            file: file.to_owned(),
+            bytes: Vec::new(),
+        };
+        let modules = ["loop.ko", "xen-evtchn.ko", "parport.ko", "parport_pc.ko"].map(module);
+        let [all, pv, hvm] = orders(&modules);
+        assert_eq!(all, ("order", "loop.ko\n".to_owned()));
+        assert_eq!(pv, ("order.pv", "xen-evtchn.ko\n".to_owned()));
+        let lines = "parport.ko\nparport_pc.ko io=0x378 irq=7\n";
+        assert_eq!(hvm, ("order.hvm", lines.to_owned()));
+        assert!(!complete(&["loop.ko".to_owned()]));
+        let all = WANTED.map(|name| format!("{name}.ko"));
+        assert!(complete(&all));
     }
 
     #[test]

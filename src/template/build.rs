@@ -7,7 +7,6 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, bail};
 use rand::Rng;
-use thaw_vmm::machine::{MachineKind, pv};
 use thaw_vmm::protocol::{Boot, Restore, Tuning};
 use thaw_wire::message::{Language, Ready, Renew};
 
@@ -153,13 +152,10 @@ async fn build(inner: &Inner, shape: Shape, dir: &Path) -> anyhow::Result<()> {
 
 /// Boots, warms and freezes; gives what the agent said and how long it took to say it.
 async fn freeze(inner: &Inner, shape: Shape, out: &Path) -> anyhow::Result<(Ready, u64)> {
-    let cmdline = match shape.machine {
-        MachineKind::Pv => pv::CMDLINE,
-        MachineKind::Hvm => bail!("this version has no hvm machine"),
-    };
     let boot = Boot {
         memory_mib: shape.memory_mib,
-        cmdline: cmdline.to_owned(),
+        vcpus: shape.vcpus,
+        cmdline: shape.machine.cmdline().to_owned(),
         machine: Some(shape.machine),
         tuning: Tuning::default(),
     };

@@ -250,8 +250,12 @@ impl Templates {
 
     /// The shape that serves a wish.
     fn shape(&self, memory_mib: u32, vcpus: u32) -> anyhow::Result<Shape> {
-        if vcpus != 1 {
-            bail!("a template with {vcpus} vCPUs was asked for; this version's machines have 1");
+        let most = self.inner.machine.max_vcpus();
+        if !(1..=most).contains(&vcpus) {
+            bail!(
+                "a template with {vcpus} vCPUs was asked for; on the {} machine a VM has up to {most}",
+                machine_name(self.inner.machine)
+            );
         }
         Ok(Shape {
             memory_mib: round_up(memory_mib.max(self.inner.image.manifest.min_memory_mib)),

@@ -1,6 +1,6 @@
-//! Boots a kernel and an initramfs on the `pv` machine and prints the guest's console: for work on the machine itself.
+//! Boots a kernel and an initramfs and prints the guest's console: for work on the machine itself.
 //!
-//! `boot KERNEL INITRAMFS [--memory MIB] [--bounce] [--append TEXT] [--snapshot DIR] [--restore DIR] [--seconds N] [--stats]`
+//! `boot KERNEL INITRAMFS [--machine pv|hvm] [--vcpus N] [--memory MIB] [--bounce] [--append TEXT] [--snapshot DIR] [--restore DIR] [--seconds N] [--stats]`
 //!
 //! A doorbell with word 0x5a saves to the directory of `--snapshot` and ends. Doorbell word 0x77 rings back.
 
@@ -10,14 +10,16 @@ use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use thaw_vmm::machine::pv::{self, BootConfig, PvMachine};
-use thaw_vmm::machine::{Exit, Machine, probe};
+use thaw_vmm::kvm::kick::KickTimer;
+use thaw_vmm::machine::{self, BootConfig, Exit, Machine, MachineKind, probe};
 use thaw_vmm::memory::MemoryError;
 use thaw_vmm::protocol::Tuning;
 
 #[derive(Default)]
 struct Options {
     files: Vec<String>,
+    machine: Option<MachineKind>,
+    vcpus: u32,
     memory_mib: u32,
     bounce: bool,
     append: String,
@@ -30,6 +32,7 @@ struct Options {
 fn options() -> anyhow::Result<Options> {
     let mut options = Options {
         memory_mib: 512,
+        vcpus: 1,
         seconds: 600,
         ..Options::default()
     };
@@ -37,6 +40,14 @@ fn options() -> anyhow::Result<Options> {
     while let Some(argument) = arguments.next() {
         let mut value = || arguments.next().context("a value is missing");
         match argument.as_str() {
+            "--machine" => {
+                options.machine = Some(match value()?.as_str() {
+                    "pv" => MachineKind::Pv,
+                    "hvm" => MachineKind::Hvm,
+                    other => bail!("no machine {other}"),
+                });
+            }
+            "--vcpus" => options.vcpus = value()?.parse()?,
             "--memory" => options.memory_mib = value()?.parse()?,
             "--append" => options.append = value()?,
             "--snapshot" => options.snapshot = Some(value()?),
@@ -56,33 +67,37 @@ fn main() -> anyhow::Result<()> {
     let tuning = Tuning {
         force_bounce: options.bounce,
     };
+    let probe = probe();
+    let kind = options.machine.or(probe.kind).context("no machine")?;
     let mut machine = if let Some(directory) = &options.restore {
         let state = std::fs::read(format!("{directory}/state"))?;
-        pv::restore(
+        machine::restore(
+            kind,
             &state,
             &thaw_vmm::snapshot::FrozenMemory::whole(File::open(format!("{directory}/memory"))?),
             Tuning::default(),
         )?
     } else {
-        let probe = probe();
         eprintln!("{}", probe.facts.join("\n"));
         eprintln!("probed after {:?}", start.elapsed());
         let [kernel, initramfs] = &options.files[..] else {
             bail!("boot KERNEL INITRAMFS")
         };
-        let cmdline = format!("{} {}", pv::CMDLINE, options.append);
+        let cmdline = format!("{} {}", kind.cmdline(), options.append);
         let (kernel, initramfs) = (&File::open(kernel)?, &File::open(initramfs)?);
-        pv::boot(&BootConfig {
+        let config = BootConfig {
             memory_mib: options.memory_mib,
+            vcpus: options.vcpus,
             cmdline: &cmdline,
             kernel,
             initramfs,
             tuning,
             probe: &probe,
-        })?
+        };
+        machine::boot(kind, &config)?
     };
     eprintln!("first run after {:?}", start.elapsed());
-    let result = drive(&mut machine, &options, start);
+    let result = drive(&mut *machine, &options, start);
     if options.stats {
         for (name, count) in machine.exits() {
             eprintln!("{name:20} {count}");
@@ -92,8 +107,11 @@ fn main() -> anyhow::Result<()> {
     result
 }
 
-fn drive(machine: &mut PvMachine, options: &Options, start: Instant) -> anyhow::Result<()> {
+fn drive(machine: &mut dyn Machine, options: &Options, start: Instant) -> anyhow::Result<()> {
     let end = start + Duration::from_secs(options.seconds);
+    // A guest that is idle inside KVM comes back for a signal alone.
+    let alarm = KickTimer::new()?;
+    alarm.arm(options.seconds.saturating_mul(1_000_000_000));
     let mut out = std::io::stdout();
     loop {
         let exit = machine.run()?;
@@ -126,7 +144,7 @@ fn drive(machine: &mut PvMachine, options: &Options, start: Instant) -> anyhow::
     }
 }
 
-fn save(machine: &mut PvMachine, directory: &str) -> anyhow::Result<()> {
+fn save(machine: &mut dyn Machine, directory: &str) -> anyhow::Result<()> {
     let start = Instant::now();
     std::fs::create_dir_all(directory)?;
     std::fs::write(format!("{directory}/state"), machine.save()?)?;

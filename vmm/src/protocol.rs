@@ -50,6 +50,9 @@ pub enum Order {
 pub struct Boot {
     /// Guest memory, MiB.
     pub memory_mib: u32,
+    /// vCPUs.
+    #[serde(default = "one")]
+    pub vcpus: u32,
     /// Kernel command line.
     pub cmdline: String,
     /// Which machine; the probe chooses when absent.
@@ -57,6 +60,10 @@ pub struct Boot {
     /// Options of the machine.
     #[serde(default)]
     pub tuning: Tuning,
+}
+
+fn one() -> u32 {
+    1
 }
 
 /// Choices that a machine leaves open.

@@ -150,6 +150,8 @@ impl Worker {
             vm.enforce_deadlines(now)?;
         }
         self.save_if_asked()?;
+        // An idle guest may not come back for long, so nothing that was said may wait behind it.
+        self.socket.flush()?;
         match &mut self.vm {
             Some(vm) if vm.is_runnable(now) => self.run(now),
             _ => self.sleep(now),

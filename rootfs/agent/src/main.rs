@@ -9,7 +9,7 @@ use std::process::ExitCode;
 
 use thaw_agent::boot;
 use thaw_agent::console::say;
-use thaw_agent::doorbell::Xen;
+use thaw_agent::doorbell::Bells;
 use thaw_agent::engine::{Engine, Ground};
 use thaw_agent::identity;
 use thaw_agent::interpreter::Place;
@@ -71,7 +71,7 @@ fn serve() -> Result<Infallible, Box<dyn Error>> {
         holds_doorbell: true,
         env: base_environment(),
     };
-    let wire = Wire::lay(Xen::open()?)?;
+    let wire = Wire::lay(Bells::open()?)?;
     let ground = Ground {
         place,
         limits,

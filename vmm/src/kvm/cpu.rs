@@ -15,3 +15,12 @@ pub fn cpuid(leaf: u32, subleaf: u32) -> [u32; 4] {
     let result = __cpuid_count(leaf, subleaf);
     [result.eax, result.ebx, result.ecx, result.edx]
 }
+
+/// Whether this host's processor has SVM's notion of virtualization rather than VMX's: AMD's, or Hygon's after it.
+#[must_use]
+pub fn is_amd() -> bool {
+    let [_, ebx, ecx, edx] = cpuid(0, 0);
+    let vendor = [ebx, edx, ecx].map(u32::to_le_bytes);
+    [b"AuthenticAMD", b"HygonGenuine"]
+        .contains(&vendor.as_flattened().try_into().unwrap_or(&[0; 12]))
+}

@@ -4,13 +4,17 @@
 //! vCPU, whose registers are read and written through the page shared with KVM
 //! (`KVM_CAP_SYNC_REGS`): an ioctl for them costs ten times as much on a software KVM.
 //!
-//! No interrupt controller is ever created: the machines that use this need none, and
-//! creating one makes set-up and tear-down of a VM slower by milliseconds.
+//! A [`Vm`] has no interrupt controller: the `pv` machine needs none, and creating one makes
+//! set-up and tear-down slower by milliseconds. An [`apic::ApicVm`] has vCPUs with local APICs in
+//! KVM, but neither PIC nor I/O APIC there, which is where those milliseconds go.
 
+pub mod apic;
 pub mod cpu;
 pub mod kick;
 mod vcpu;
+pub mod vcpu_state;
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_userspace_memory_region};
@@ -97,19 +101,30 @@ impl Host {
     /// An ioctl fails.
     pub fn create_vm(&self, memory: Arc<GuestMemory>) -> Result<Vm, KvmError> {
         let vm = self.kvm.create_vm().map_err(failed("KVM_CREATE_VM"))?;
-        let region = kvm_userspace_memory_region {
-            slot: 0,
-            flags: 0,
-            guest_phys_addr: 0,
-            memory_size: memory.size(),
-            userspace_addr: memory.host_address(),
-        };
-        // SAFETY: the range is exactly the mapping of `memory`, which the returned `Vm` keeps alive longer than the VM's descriptors.
-        unsafe { vm.set_user_memory_region(region) }
-            .map_err(failed("KVM_SET_USER_MEMORY_REGION"))?;
-        let vcpu = Vcpu::new(vm.create_vcpu(0).map_err(failed("KVM_CREATE_VCPU"))?);
+        map(&vm, &memory, 0, 0..memory.size())?;
+        let vcpu = Vcpu::new(
+            vm.create_vcpu(0).map_err(failed("KVM_CREATE_VCPU"))?,
+            memory.clone(),
+        );
         Ok(Vm { vcpu, vm, memory })
     }
+}
+
+/// Gives a VM part of `memory` at the guest-physical addresses that equal its offsets. The VM's descriptors must not
+/// outlive `memory`.
+fn map(vm: &VmFd, memory: &GuestMemory, slot: u32, range: Range<u64>) -> Result<(), KvmError> {
+    let region = kvm_userspace_memory_region {
+        slot,
+        flags: 0,
+        guest_phys_addr: range.start,
+        memory_size: range.end - range.start,
+        userspace_addr: memory.host_address() + range.start,
+    };
+    if range.start >= range.end || range.end > memory.size() {
+        return Err(KvmError::Lacks("memory of that size"));
+    }
+    // SAFETY: the range lies in the mapping of `memory`, which is kept alive by whoever keeps the VM's descriptors.
+    unsafe { vm.set_user_memory_region(region) }.map_err(failed("KVM_SET_USER_MEMORY_REGION"))
 }
 
 /// One virtual machine. Fields are in the order in which they must be dropped.

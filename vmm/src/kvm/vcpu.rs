@@ -1,16 +1,18 @@
 //! One vCPU: running it, and its registers.
 
 use std::ptr::NonNull;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
 use kvm_bindings::{
-    CpuId, KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_IO_IN, KVM_SYNC_X86_EVENTS, KVM_SYNC_X86_REGS,
-    KVM_SYNC_X86_SREGS, Msrs, kvm_debugregs, kvm_msr_entry, kvm_regs, kvm_run, kvm_sregs,
-    kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+    CpuId, KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_IO_IN, KVM_EXIT_MMIO, KVM_MP_STATE_HALTED,
+    KVM_SYNC_X86_EVENTS, KVM_SYNC_X86_REGS, KVM_SYNC_X86_SREGS, Msrs, kvm_debugregs, kvm_msr_entry,
+    kvm_regs, kvm_run, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use super::{KvmError, failed};
+use crate::memory::GuestMemory;
 
 /// Why `KVM_RUN` came back.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -26,6 +28,18 @@ pub enum Stop {
     In {
         /// The port.
         port: u16,
+    },
+    /// The guest reads memory that it does not have; answer with [`Vcpu::answer_mmio`].
+    MmioRead {
+        /// Guest-physical address.
+        address: u64,
+    },
+    /// The guest wrote to memory that it does not have.
+    MmioWrite {
+        /// Guest-physical address.
+        address: u64,
+        /// The value: its first four bytes, zero-extended.
+        value: u32,
     },
     /// A signal arrived or the immediate-exit flag was set.
     Interrupted,
@@ -68,24 +82,33 @@ impl InterruptHandle {
 /// Value of the immediate-exit flag while [`Vcpu::settle`] uses it; a signal handler stores 1.
 const SETTLING: u8 = 2;
 
-/// One vCPU.
+fn first_word(data: &[u8]) -> u32 {
+    let mut word = [0; 4];
+    let used = data.len().min(4);
+    word[..used].copy_from_slice(&data[..used]);
+    u32::from_le_bytes(word)
+}
+
+/// One vCPU. Fields are in the order in which they must be dropped.
 #[derive(Debug)]
 pub struct Vcpu {
-    fd: VcpuFd,
+    pub(super) fd: VcpuFd,
     /// The page shared with KVM, mapped as long as `fd` lives.
     shared: NonNull<kvm_run>,
+    #[expect(dead_code, reason = "a vCPU that is alive may write to it")]
+    memory: Arc<GuestMemory>,
 }
 
 // SAFETY: the pointer is to a mapping that `fd` owns and that no thread is tied to.
 unsafe impl Send for Vcpu {}
 
 impl Vcpu {
-    pub(super) fn new(mut fd: VcpuFd) -> Self {
+    pub(super) fn new(mut fd: VcpuFd, memory: Arc<GuestMemory>) -> Self {
         let run = fd.get_kvm_run();
         run.kvm_valid_regs =
             u64::from(KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS | KVM_SYNC_X86_EVENTS);
         let shared = NonNull::from(run);
-        Self { fd, shared }
+        Self { fd, shared, memory }
     }
 
     fn shared(&self) -> &kvm_run {
@@ -113,16 +136,18 @@ impl Vcpu {
 
     fn enter(&mut self) -> Result<Stop, KvmError> {
         let result = self.fd.run().map(|exit| match exit {
-            VcpuExit::IoOut(port, data) => {
-                let mut value = [0; 4];
-                let used = data.len().min(4);
-                value[..used].copy_from_slice(&data[..used]);
-                Stop::Out {
-                    port,
-                    value: u32::from_le_bytes(value),
-                }
-            }
+            VcpuExit::IoOut(port, data) => Stop::Out {
+                port,
+                value: first_word(data),
+            },
             VcpuExit::IoIn(port, _) => Stop::In { port },
+            VcpuExit::MmioRead(address, _) => Stop::MmioRead { address },
+            VcpuExit::MmioWrite(address, data) => Stop::MmioWrite {
+                address,
+                value: first_word(data),
+            },
+            // The end of a level-triggered interrupt: of use to a line that stays raised, and none does.
+            VcpuExit::IoapicEoi(_) => Stop::Interrupted,
             VcpuExit::Intr => Stop::Interrupted,
             VcpuExit::Hlt => Stop::Halted,
             VcpuExit::Shutdown => Stop::TripleFault,
@@ -202,6 +227,16 @@ impl Vcpu {
                 length,
             )
         };
+    }
+
+    /// Answers a [`Stop::MmioRead`] with a value, little-endian, of which the guest gets as many bytes as it asked for.
+    pub fn answer_mmio(&mut self, value: u32) {
+        let run = self.shared_mut();
+        if run.exit_reason == KVM_EXIT_MMIO {
+            let mut data = [0; 8];
+            data[..4].copy_from_slice(&value.to_le_bytes());
+            run.__bindgen_anon_1.mmio.data = data;
+        }
     }
 
     /// The handle that makes [`Self::run`] return.
@@ -307,6 +342,65 @@ impl Vcpu {
                 source: std::io::Error::other(format!("register {refused:#x} was refused")),
             })
         }
+    }
+
+    /// Reads model-specific registers, up to the first that KVM refuses to read.
+    ///
+    /// # Errors
+    /// The ioctl fails.
+    pub fn msrs(&self, indices: &[u32]) -> Result<Vec<(u32, u64)>, KvmError> {
+        let entries: Vec<kvm_msr_entry> = indices
+            .iter()
+            .map(|&index| kvm_msr_entry {
+                index,
+                ..Default::default()
+            })
+            .collect();
+        let mut msrs =
+            Msrs::from_entries(&entries).map_err(|_| KvmError::Lacks("room for that many MSRs"))?;
+        let read = self
+            .fd
+            .get_msrs(&mut msrs)
+            .map_err(failed("KVM_GET_MSRS"))?;
+        Ok(msrs
+            .as_slice()
+            .iter()
+            .take(read)
+            .map(|entry| (entry.index, entry.data))
+            .collect())
+    }
+
+    /// Makes the guest's time stamp counter run at another rate than the host's.
+    ///
+    /// # Errors
+    /// The ioctl fails: the processor cannot.
+    pub fn set_tsc_khz(&self, khz: u32) -> Result<(), KvmError> {
+        self.fd.set_tsc_khz(khz).map_err(failed("KVM_SET_TSC_KHZ"))
+    }
+
+    /// Tells the guest's kernel that it stood still, so that its watchdogs do not take that for a hang. Of no effect
+    /// on a guest that does not use KVM's clock.
+    ///
+    /// # Errors
+    /// The ioctl fails for another reason than that.
+    pub fn announce_pause(&self) -> Result<(), KvmError> {
+        match self.fd.kvmclock_ctrl() {
+            Err(error) if error.errno() != libc::EINVAL => Err(failed("KVM_KVMCLOCK_CTRL")(error)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether the vCPU has halted with interrupts off: nothing will ever wake it.
+    ///
+    /// # Errors
+    /// The ioctl fails.
+    pub fn is_dead(&self) -> Result<bool, KvmError> {
+        const INTERRUPTS: u64 = 1 << 9;
+        if self.regs().rflags & INTERRUPTS != 0 {
+            return Ok(false);
+        }
+        let state = self.fd.get_mp_state().map_err(failed("KVM_GET_MP_STATE"))?;
+        Ok(state.mp_state == KVM_MP_STATE_HALTED)
     }
 
     /// Extended state (x87, SSE, AVX...).

@@ -11,7 +11,7 @@ use nix::time::{ClockId, clock_gettime};
 use super::vm::{Saving, Vm};
 use super::{End, SPAWNED, Worker, log, signals};
 use crate::jail;
-use crate::machine::{self, Machine, MachineKind, pv};
+use crate::machine::{self, BootConfig, Machine};
 use crate::memory::keep_pagemap_open;
 use crate::protocol::{Boot, Order, Report, Restore, Stats};
 use crate::snapshot::{self, FrozenMemory, PageMap, State, working_set};
@@ -105,22 +105,22 @@ impl Worker {
         let initramfs = File::from(self.fd("initramfs")?);
         let probe = machine::probe();
         phases.end("probe");
-        match boot.machine.or(probe.kind) {
-            Some(MachineKind::Pv) => {}
-            Some(MachineKind::Hvm) => anyhow::bail!("this thaw has no hvm machine yet"),
-            None => anyhow::bail!("this host cannot run VMs: {}", probe.facts.join("; ")),
-        }
-        let machine = pv::boot(&pv::BootConfig {
+        let Some(kind) = boot.machine.or(probe.kind) else {
+            anyhow::bail!("this host cannot run VMs: {}", probe.facts.join("; "));
+        };
+        let config = BootConfig {
             memory_mib: boot.memory_mib,
+            vcpus: boot.vcpus,
             cmdline: &boot.cmdline,
             kernel: &kernel,
             initramfs: &initramfs,
             tuning: boot.tuning,
             probe: &probe,
-        })?;
+        };
+        let machine = machine::boot(kind, &config)?;
         phases.end("boot");
         let wire = Wire::new(machine.memory().clone());
-        self.start(Box::new(machine), wire, phases)
+        self.start(machine, wire, phases)
     }
 
     fn restore(&mut self, restore: &Restore) -> anyhow::Result<()> {
@@ -134,12 +134,7 @@ impl Worker {
             Vec::new()
         };
         phases.end("read");
-        anyhow::ensure!(
-            state.machine == MachineKind::Pv,
-            "this thaw has no {:?} machine",
-            state.machine
-        );
-        let machine = pv::restore(&state.blob, &memory, restore.tuning)?;
+        let machine = machine::restore(state.machine, &state.blob, &memory, restore.tuning)?;
         anyhow::ensure!(
             machine.memory().size() == state.memory_bytes,
             "the state is of a VM with {} bytes of memory, not {}",
@@ -154,7 +149,7 @@ impl Worker {
             restore.generation,
             state.wire_header,
         )?;
-        self.start(Box::new(machine), wire, phases)?;
+        self.start(machine, wire, phases)?;
         // The agent looks at the generation when it is rung for.
         self.vm()?.interrupt();
         Ok(())
@@ -225,7 +220,7 @@ impl Worker {
         let late = now >= saving.until;
         // A halted guest is always at a good point. Another may be: try that only when time runs short.
         let hurry = saving.until.saturating_duration_since(now) < SAVE_PATIENCE / 2;
-        if !vm.is_halted() && !hurry {
+        if !vm.is_halted() && !vm.machine.saves_anywhere() && !hurry {
             vm.saving = Some(saving);
             return Ok(());
         }

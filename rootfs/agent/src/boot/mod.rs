@@ -1,6 +1,6 @@
 //! From an initramfs to a root that commands can live in.
 //!
-//! The initramfs holds `/init` (this program), `/modules/order` with the modules it names, and
+//! The initramfs holds `/init` (this program), `/modules/order` and an `order.pv` and `order.hvm` with the modules they name, and
 //! `/root.squashfs`. Every step says what it was when it fails, for the host's log.
 
 mod modules;
@@ -13,6 +13,7 @@ use std::path::Path;
 
 use nix::sys::resource::{Resource, setrlimit};
 
+use crate::doorbell::Machine;
 use crate::sys::device;
 
 /// A step of the boot that failed.
@@ -49,7 +50,9 @@ const OPEN_FILES: u64 = 65_536;
 /// A step without which commands cannot run.
 pub fn bring_up() -> Result<(), BootError> {
     mounts::kernel_file_systems()?;
-    modules::load(Path::new("/modules"))?;
+    let modules = Path::new("/modules");
+    modules::load(modules, "order")?;
+    modules::load(modules, &format!("order.{}", Machine::here().name()))?;
     root::switch()?;
     mounts::memory_file_systems()?;
     settle();

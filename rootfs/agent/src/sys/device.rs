@@ -94,13 +94,38 @@ pub fn set_window_size(terminal: BorrowedFd<'_>, size: &nix::pty::Winsize) -> io
     check(result.into()).map(drop)
 }
 
-/// Loads a kernel module.
+/// Claims an open parallel port, whose interrupts are counted from then on.
+///
+/// # Errors
+/// The kernel's refusal.
+pub fn claim_parallel_port(port: BorrowedFd<'_>) -> io::Result<()> {
+    // _IO('p', 0x8b) of the kernel's linux/ppdev.h.
+    const PPCLAIM: libc::c_ulong = 0x708b;
+    // SAFETY: the ioctl takes no argument.
+    let result = unsafe { libc::ioctl(port.as_raw_fd(), PPCLAIM) };
+    check(result.into()).map(drop)
+}
+
+/// Takes the count of a parallel port's interrupts, which starts again at zero.
+///
+/// # Errors
+/// The port is not claimed.
+pub fn take_parallel_interrupts(port: BorrowedFd<'_>) -> io::Result<u32> {
+    // _IOR('p', 0x93, int) of the kernel's linux/ppdev.h.
+    const PPCLRIRQ: libc::c_ulong = 0x8004_7093;
+    let mut count: libc::c_int = 0;
+    // SAFETY: the ioctl writes one int to the pointer, which outlives the call.
+    let result = unsafe { libc::ioctl(port.as_raw_fd(), PPCLRIRQ, &raw mut count) };
+    check(result.into()).map(|_| u32::try_from(count).unwrap_or(0))
+}
+
+/// Loads a kernel module, with parameters as `modprobe` takes them.
 ///
 /// # Errors
 /// The kernel's refusal; `EEXIST` when it is loaded already.
-pub fn load_module(module: &File) -> io::Result<()> {
-    let parameters = CString::default();
-    // SAFETY: the kernel reads the file and the empty string; both outlive the call.
+pub fn load_module(module: &File, parameters: &str) -> io::Result<()> {
+    let parameters = CString::new(parameters)?;
+    // SAFETY: the kernel reads the file and the string; both outlive the call.
     let result = unsafe {
         libc::syscall(
             libc::SYS_finit_module,

@@ -5,7 +5,7 @@
 
 use super::events::Port;
 use super::layout::*;
-use super::{Exit, PvMachine, emulate::canonical, guest};
+use super::{Exit, PvMachine, console, emulate::canonical, guest};
 use crate::memory::PAGE;
 
 const EPERM: i64 = -1;
@@ -292,8 +292,7 @@ impl PvMachine {
                 let reason = self
                     .get_words::<1>(argument)
                     .map_or(u32::MAX, |[reason]| reason);
-                self.console
-                    .drain(self.vm.memory(), self.state.console_ring)?;
+                console::drain(&mut self.console, self.vm.memory(), self.state.console_ring)?;
                 Err(match reason {
                     0 | 1 => Exit::Shutdown,
                     _ => Exit::Crashed(format!(
@@ -326,7 +325,9 @@ impl PvMachine {
             }
             4 => {
                 match self.state.events.bound(first) {
-                    Port::Console => self.console.drain(&memory, self.state.console_ring)?,
+                    Port::Console => {
+                        console::drain(&mut self.console, &memory, self.state.console_ring)?
+                    }
                     Port::Ipi => self.state.events.raise(&memory, first)?,
                     Port::Free | Port::Virq(_) => {}
                 }

@@ -14,7 +14,6 @@
 mod area;
 mod console;
 mod cpuid;
-mod elf;
 mod emulate;
 mod events;
 mod guest;
@@ -32,6 +31,7 @@ use std::time::{Duration, Instant};
 
 use kvm_bindings::kvm_cpuid_entry2;
 
+use super::console::Console;
 use super::{Exit, Machine, MachineKind};
 use crate::kvm::kick::{self, KickTimer};
 use crate::kvm::{InterruptHandle, Stop, Vm};
@@ -43,7 +43,7 @@ use thaw_wire::layout::{DOORBELL_PORT, WIRE_VIRQ};
 use time::Clock;
 
 pub use layout::MEMORY_MIB;
-pub use setup::{BootConfig, CMDLINE, boot, restore};
+pub use setup::{CMDLINE, boot, restore};
 pub use state::MAX_STATE;
 
 /// How soon (ns) to look again when an event cannot be delivered because the guest is inside the shim.
@@ -69,7 +69,7 @@ pub struct PvMachine {
     facts: Facts,
     cpuid: Vec<kvm_cpuid_entry2>,
     clock: Clock,
-    console: console::Console,
+    console: Console,
     counts: Counts,
     /// Deadline (guest time) that the timer is armed for.
     armed: Option<u64>,
@@ -334,8 +334,7 @@ impl PvMachine {
 
     /// Ends the guest for good if `exit` is an end.
     fn leave(&mut self, exit: Exit) -> anyhow::Result<Exit> {
-        self.console
-            .drain(self.vm.memory(), self.state.console_ring)?;
+        console::drain(&mut self.console, self.vm.memory(), self.state.console_ring)?;
         if matches!(exit, Exit::Shutdown | Exit::Crashed(_)) {
             self.ended = true;
             self.timer.disarm();
@@ -395,6 +394,11 @@ impl PvMachine {
                     // Whose signal it was cannot be told: the caller looks at its sockets every time. What is
                     // due is delivered when it comes back, and the timer armed then: not for the time in between.
                     return Ok(Exit::Interrupted);
+                }
+                Stop::MmioRead { address, .. } | Stop::MmioWrite { address, .. } => {
+                    return Ok(Exit::Crashed(format!(
+                        "the guest reached for {address:#x}, where it has no memory"
+                    )));
                 }
                 Stop::Halted => return Ok(Exit::Crashed("the guest halted at CPL0".to_owned())),
                 Stop::TripleFault => {
@@ -456,6 +460,10 @@ impl Machine for PvMachine {
             xsave: vcpu.xsave()?,
             xcr0: vcpu.xcrs()?.xcrs[0].value,
         })
+    }
+
+    fn saves_anywhere(&self) -> bool {
+        false
     }
 
     fn take_console(&mut self) -> Vec<u8> {

@@ -1,12 +1,10 @@
 //! Making a machine: from a kernel, or from a saved state.
 
-use std::fs::File;
 use std::sync::Arc;
 
 use anyhow::Context;
 use kvm_bindings::{CpuId, kvm_segment};
 
-use super::console::Console;
 use super::events::{self, Events};
 use super::layout::*;
 use super::state::{self, Facts, PvState, Saved};
@@ -14,7 +12,9 @@ use super::time::Clock;
 use super::{Counts, PvMachine, area, start};
 use crate::kvm::kick::KickTimer;
 use crate::kvm::{Host, Vcpu, Vm};
-use crate::machine::probe::{Probe, SyscallPath};
+use crate::machine::BootConfig;
+use crate::machine::console::Console;
+use crate::machine::probe::SyscallPath;
 use crate::memory::GuestMemory;
 use crate::protocol::Tuning;
 use crate::snapshot::FrozenMemory;
@@ -42,23 +42,6 @@ const FSGSBASE: u64 = 1 << 16;
 const GUEST_CR4: u64 = 0x620 | 1 << 18;
 /// Long mode, NX, SYSCALL.
 const EFER: u64 = 0xd01;
-
-/// How to boot.
-#[derive(Debug)]
-pub struct BootConfig<'a> {
-    /// Guest memory, MiB ([`MEMORY_MIB`]).
-    pub memory_mib: u32,
-    /// Kernel command line; usually [`CMDLINE`].
-    pub cmdline: &'a str,
-    /// An ELF `vmlinux`.
-    pub kernel: &'a File,
-    /// The initramfs (cpio, possibly compressed).
-    pub initramfs: &'a File,
-    /// Options.
-    pub tuning: Tuning,
-    /// What [`crate::machine::probe`] found on this host.
-    pub probe: &'a Probe,
-}
 
 /// Boots a VM. Nothing runs until [`crate::machine::Machine::run`], which must be called on the thread that called this.
 ///

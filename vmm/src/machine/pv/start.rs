@@ -6,9 +6,9 @@ use std::fs::File;
 
 use anyhow::{Context, ensure};
 
-use super::elf::{self, Kernel};
 use super::layout::*;
 use super::patches;
+use crate::machine::elf;
 use crate::memory::{GuestMemory, PAGE};
 
 /// Where the kernel image is mapped: guest-virtual address of guest-physical 0.
@@ -49,11 +49,14 @@ pub(super) fn load(
         "the kernel command line is longer than {MAX_CMDLINE} bytes"
     );
     let limit = layout.ram.min(MAPPED_LIMIT);
-    let Kernel { entry, end, text } = elf::load(kernel, memory, limit)?;
-    patches::apply(memory, text).context("patching the kernel")?;
+    let kernel = elf::load(kernel, memory, limit)?;
+    let entry = kernel.xen.context(
+        "the kernel has no Xen entry (built without CONFIG_XEN_PV; Debian's cloud flavour is): use the ordinary linux-image-amd64",
+    )?;
+    patches::apply(memory, kernel.text).context("patching the kernel")?;
 
     let mut next = Allocator {
-        next: end.next_multiple_of(PAGE),
+        next: kernel.end.next_multiple_of(PAGE),
         limit,
     };
     let initramfs_size = initramfs.metadata().context("the initramfs")?.len();

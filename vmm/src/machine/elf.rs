@@ -1,9 +1,9 @@
-//! Loading a `vmlinux` and finding its Xen entry.
+//! Loading a `vmlinux` and finding its entries.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, ensure};
 
 use crate::memory::GuestMemory;
 
@@ -21,8 +21,10 @@ const XEN_ELFNOTE_ENTRY: u32 = 1;
 /// A kernel in guest memory.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Kernel {
-    /// Guest-virtual address of its Xen entry.
-    pub entry: u64,
+    /// Guest-physical address of its ordinary 64-bit entry.
+    pub start: u64,
+    /// Guest-virtual address of its Xen entry, if it has one.
+    pub xen: Option<u64>,
     /// First guest-physical address after it.
     pub end: u64,
     /// Guest-physical addresses of its first segment's first byte and the byte after the last: its text.
@@ -78,12 +80,13 @@ pub(super) fn load(file: &File, memory: &GuestMemory, limit: u64) -> anyhow::Res
             _ => {}
         }
     }
-    let (Some(entry), Some(text)) = (entry, text) else {
-        bail!(
-            "the kernel has no Xen entry (built without CONFIG_XEN_PV; Debian's cloud flavour is): use the ordinary linux-image-amd64"
-        )
-    };
-    Ok(Kernel { entry, end, text })
+    let text = text.context("the kernel has nothing to load")?;
+    Ok(Kernel {
+        start: u64_at(&header, 0x18),
+        xen: entry,
+        end,
+        text,
+    })
 }
 
 /// Copies part of a file into guest memory.
