@@ -72,6 +72,13 @@ pub(super) async fn sessions(
     session.fit(crate::template::round_up(
         templates.image().manifest.min_memory_mib,
     ));
+    let processors = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    session
+        .fit_machine(
+            templates.machine(),
+            u32::try_from(processors).unwrap_or(u32::MAX),
+        )
+        .map_err(|why| exit::with(exit::CONFIG, anyhow!(why)))?;
     let shape = session.pool_shape();
     let template = templates
         .get(shape.memory_mib, shape.vcpus)

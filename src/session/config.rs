@@ -5,6 +5,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::vm::Shape;
+use thaw_vmm::machine::MachineKind;
 
 /// How sessions behave. The defaults fit a host with 2 cores and 4 GiB.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -21,7 +22,8 @@ pub struct SessionConfig {
     /// Guest memory sizes (MiB) that templates exist for. A session gets the next size up from
     /// what it asked for. Sizes that the image cannot run in are left out.
     pub sizes_mib: Vec<u32>,
-    /// Most vCPUs a VM gets; a session that asks for more gets this many.
+    /// Most vCPUs a VM gets; a session that asks for more gets this many, each of more weight. 0: what its machine is
+    /// good for ([`Self::fit_machine`]).
     pub max_vcpus: u32,
     /// Most commands that may wait in one session behind the one that runs.
     pub max_waiting: usize,
@@ -58,7 +60,7 @@ impl Default for SessionConfig {
             memory_floor_mib: 256,
             memory_per_vm_mib: 16,
             sizes_mib: vec![256, 512, 1024, 2048, 4096, 8192],
-            max_vcpus: 1,
+            max_vcpus: 0,
             max_waiting: 64,
             max_sessions_per_tenant: 10_000,
             forget_after_s: 7 * 24 * 3600,
@@ -128,7 +130,6 @@ impl SessionConfig {
     pub fn check(&self) -> Result<(), String> {
         let at_least_one = [
             ("max_vms", self.max_vms as usize),
-            ("max_vcpus", self.max_vcpus as usize),
             ("max_sessions_per_tenant", self.max_sessions_per_tenant),
             ("reaper_concurrency", self.reaper_concurrency),
             ("pool.restore_concurrency", self.pool.restore_concurrency),
@@ -158,6 +159,32 @@ impl SessionConfig {
             self.sizes_mib.push(least_mib);
         }
         self.pool.memory_mib = self.shape(self.pool.memory_mib, 1).memory_mib;
+    }
+
+    /// Settles how many vCPUs VMs get at most, on a machine of this kind and a host with so many processors.
+    ///
+    /// On `hvm`, unless the configuration says otherwise, as many as the host has. On `pv` one: there, guest kernels
+    /// hold locks in code that the host may stop anywhere, so that two vCPUs without two free cores wait for each
+    /// other for milliseconds. More must be asked for.
+    ///
+    /// # Errors
+    /// More than the machine can have; the message says so.
+    pub fn fit_machine(&mut self, machine: MachineKind, processors: u32) -> Result<(), String> {
+        let most = machine.max_vcpus();
+        if self.max_vcpus == 0 {
+            self.max_vcpus = match machine {
+                MachineKind::Pv => 1,
+                MachineKind::Hvm => processors.clamp(1, most),
+            };
+        }
+        let wanted = self.max_vcpus.max(self.pool.vcpus);
+        if wanted > most {
+            return Err(format!(
+                "session.max_vcpus or session.pool.vcpus is {wanted}: on the {} machine a VM has up to {most}",
+                crate::template::machine_name(machine)
+            ));
+        }
+        Ok(())
     }
 
     /// The shape of VM that serves a session which asked for this.

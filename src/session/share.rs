@@ -1,8 +1,8 @@
 //! A VM's share of the processor.
 //!
-//! A VM has one vCPU, which is one thread of its worker, so `vcpu_count` is what that thread weighs
-//! when the host's cores are wanted by more threads than there are cores: twice the vCPUs, twice
-//! the time. The scheduler's weights do that, by way of the nice value: each step is a factor
+//! Where a VM has fewer vCPUs than were asked for (one, on the `pv` machine unless the operator allows more),
+//! `vcpu_count` is what their threads weigh when the host's cores are wanted by more threads than there are cores: twice
+//! the vCPUs, twice the time. The scheduler's weights do that, by way of the nice value: each step is a factor
 //! of 1.25. It works on every kernel and inside containers, where control groups are usually read-only.
 //!
 //! To weigh more than others takes CAP_SYS_NICE. Without it the scale is the same but ends at the

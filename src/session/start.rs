@@ -124,20 +124,21 @@ impl Core {
             let empty = anyhow::anyhow!("a claimed VM was empty");
             return Err(SessionError::Unavailable(empty).into());
         };
-        vm.set_share(spec.vcpus);
+        let shape = from.as_ref().map(|frozen| frozen.shape);
+        let shape = shape.unwrap_or_else(|| self.config.shape(spec.memory_mib, spec.vcpus));
+        // What it was not given in number, it gets in weight.
+        vm.set_share(spec.vcpus.div_ceil(shape.vcpus.max(1)));
         let live = Arc::new(Live::new(vm_id, vm, lifetime, permits));
         if let Err(live) = starting.done(live.clone(), kills) {
             live.end(End::Killed, &self.reaper);
             return Err(NoVm::Killed);
         }
-        let shape = from.as_ref().map(|frozen| frozen.shape);
         let lingers = self.watch.started(VmStarted {
             tenant: session.tenant.clone(),
             session: session.id.clone(),
             vm_id: live.vm_id.clone(),
-            memory_mib: shape
-                .unwrap_or_else(|| self.config.shape(spec.memory_mib, spec.vcpus))
-                .memory_mib,
+            memory_mib: shape.memory_mib,
+            cores: shape.vcpus,
             expires_at: SystemTime::now() + lifetime,
             snapshot: from.map(|frozen| frozen.snapshot.clone()),
             resumes,

@@ -23,6 +23,8 @@ pub struct VmStarted {
     pub spec: Arc<SessionSpec>,
     /// The guest's memory as it really is, MiB.
     pub memory_mib: u32,
+    /// vCPUs that it really has.
+    pub cores: u32,
     /// When its lifetime ends.
     pub expires_at: SystemTime,
     /// The snapshot it was restored from, if it was not a template.

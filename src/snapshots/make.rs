@@ -40,8 +40,10 @@ pub struct Wish {
     pub session: SessionId,
     /// The VM's memory, MiB.
     pub memory_mib: u32,
-    /// The VM's share of the processor.
+    /// vCPUs that were asked for.
     pub vcpus: u32,
+    /// vCPUs that it really has: fewer than asked for where the machine or the operator allows no more.
+    pub cores: u32,
     /// The snapshot that it was restored from.
     pub parent: Option<String>,
     /// Ids that the VM had before.
@@ -102,6 +104,7 @@ impl Snapshots {
             machine: self.ground.machine,
             memory_mib: wish.memory_mib,
             vcpus: wish.vcpus,
+            cores: wish.cores,
             thaw: String::new(),
             sources: String::new(),
             wire: 0,

@@ -77,8 +77,11 @@ pub struct Manifest {
     pub machine: MachineKind,
     /// Guest memory, MiB.
     pub memory_mib: u32,
-    /// The share of the processor that the VM had, in vCPUs' worth.
+    /// vCPUs that were asked for.
     pub vcpus: u32,
+    /// vCPUs that the VM has.
+    #[serde(default = "crate::vms::one_core")]
+    pub cores: u32,
     /// Version of thaw that froze it.
     pub thaw: String,
     /// Fingerprint of the sources of the machine that froze it, whose code is partly in its memory.

@@ -330,7 +330,7 @@ impl Snapshots {
             snapshot: id.to_owned(),
             shape: Shape {
                 memory_mib: manifest.memory_mib,
-                vcpus: manifest.vcpus,
+                vcpus: manifest.cores,
             },
             state: Arc::new(state),
             memory: Arc::new(memory),

@@ -86,6 +86,7 @@ fn wish(owner: &str) -> Wish {
         session: SessionId::mint(),
         memory_mib: 64,
         vcpus: 1,
+        cores: 1,
         parent: None,
         aliases: Vec::new(),
         rewound: None,

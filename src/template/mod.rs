@@ -217,6 +217,11 @@ impl Templates {
         slot.try_lock().ok()?.ready.clone()
     }
 
+    /// The machine that they are made for.
+    pub fn machine(&self) -> MachineKind {
+        self.inner.machine
+    }
+
     /// The image that these are templates of.
     pub fn image(&self) -> &Image {
         &self.inner.image

@@ -61,7 +61,7 @@ impl Vms {
                     snapshot: format!("fork of {}", record.vm_id),
                     shape: Shape {
                         memory_mib: record.memory_mib,
-                        vcpus: record.vcpus,
+                        vcpus: record.cores,
                     },
                     state: frost.state,
                     memory,

@@ -227,6 +227,7 @@ impl Ledger {
                 .unwrap_or_else(crate::session::SessionId::mint),
             memory_mib: record.memory_mib,
             vcpus: record.vcpus,
+            cores: record.cores,
             parent: record.snapshot_id.clone(),
             aliases: record.aliases.clone(),
             rewound: record.rewound.clone(),

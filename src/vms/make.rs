@@ -55,6 +55,8 @@ impl Vms {
             reason: None,
             memory_mib: spec.memory_mib,
             vcpus: spec.vcpus,
+            // Until it runs.
+            cores: 1,
             lifetime_s: spec.lifetime.as_secs(),
             created_ms: now_ms(),
             started_ms: None,

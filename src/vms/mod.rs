@@ -26,6 +26,7 @@ use serde_json::Value;
 pub use compare::{Change, How};
 pub use fork::{Forked, MOST_FORKS};
 pub use ledger::Ledger;
+pub(crate) use record::one_core;
 pub use record::{Options, Status, VmRecord};
 pub use travel::payload;
 

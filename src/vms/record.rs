@@ -83,8 +83,11 @@ pub struct VmRecord {
     pub reason: Option<String>,
     /// Guest memory, MiB.
     pub memory_mib: u32,
-    /// Its share of the processor.
+    /// vCPUs that were asked for.
     pub vcpus: u32,
+    /// vCPUs that it really has: fewer than asked for where the machine or the operator allows no more.
+    #[serde(default = "one_core")]
+    pub cores: u32,
     /// Seconds that it lives from its start.
     pub lifetime_s: u64,
     /// When it was asked for, milliseconds since the Unix epoch.
@@ -121,6 +124,11 @@ pub struct VmRecord {
     /// Ids that it had before it was resumed.
     #[serde(default)]
     pub aliases: Vec<String>,
+}
+
+/// What VMs had before there was a choice.
+pub fn one_core() -> u32 {
+    1
 }
 
 impl VmRecord {

@@ -40,6 +40,7 @@ impl VmWatch for Ledger {
                 reason: None,
                 memory_mib: vm.memory_mib,
                 vcpus: vm.spec.vcpus,
+                cores: vm.cores,
                 lifetime_s: vm.spec.lifetime.as_secs(),
                 created_ms: origin.map_or(now, |record| record.created_ms),
                 started_ms: Some(now),

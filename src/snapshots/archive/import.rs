@@ -322,7 +322,8 @@ fn parse(bytes: &[u8]) -> anyhow::Result<Manifest> {
         (1..=MOST_MEMORY_MIB).contains(&manifest.memory_mib)
             && (size..=size + MOST_BESIDES).contains(&memory.bytes)
             && memory.bytes.is_multiple_of(PAGE as u64)
-            && (1..=256).contains(&manifest.vcpus),
+            && (1..=256).contains(&manifest.vcpus)
+            && (1..=256).contains(&manifest.cores),
         "its manifest has a VM of no size that there is"
     );
     Digest::try_from(memory.base.clone()).map_err(anyhow::Error::msg)?;

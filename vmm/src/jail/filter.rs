@@ -9,12 +9,14 @@ use libc::{
     SYS_mremap, SYS_munmap, SYS_nanosleep, SYS_poll, SYS_ppoll, SYS_pread64, SYS_pwrite64,
     SYS_read, SYS_recvmsg, SYS_restart_syscall, SYS_rt_sigaction, SYS_rt_sigprocmask,
     SYS_rt_sigreturn, SYS_sched_yield, SYS_sendto, SYS_shutdown, SYS_sigaltstack, SYS_statx,
-    SYS_timer_delete, SYS_timer_gettime, SYS_timer_settime, SYS_write,
+    SYS_tgkill, SYS_timer_delete, SYS_timer_gettime, SYS_timer_settime, SYS_write,
 };
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
     SeccompRule, TargetArch,
 };
+
+use crate::kvm::kick;
 
 /// Calls that are allowed with any arguments: they act on what is open already, or on this process alone.
 const PLAIN: [i64; 38] = [
@@ -62,9 +64,9 @@ const PLAIN: [i64; 38] = [
 const KVM_TYPE: u64 = 0xae00;
 const TYPE_MASK: u64 = 0xff00;
 
-/// Forbids every other call, for this thread, for good.
+/// Forbids every other call, for all threads of this process, for good.
 pub(super) fn install() -> anyhow::Result<()> {
-    seccompiler::apply_filter(&program()?)?;
+    seccompiler::apply_filter_all_threads(&program()?)?;
     Ok(())
 }
 
@@ -100,6 +102,12 @@ fn program() -> anyhow::Result<BpfProgram> {
     })
     .collect::<Result<_, _>>()?;
     rules.insert(SYS_fcntl, flags);
+    // The one signal that brings a vCPU's thread back, to threads of this process.
+    let own_kick = SeccompRule::new(vec![
+        argument(0, SeccompCmpOp::Eq, u64::from(std::process::id()))?,
+        argument(2, SeccompCmpOp::Eq, u64::from(kick::SIGNAL.unsigned_abs()))?,
+    ])?;
+    rules.insert(SYS_tgkill, vec![own_kick]);
     let filter = SeccompFilter::new(
         rules,
         SeccompAction::Errno(libc::EPERM.unsigned_abs()),
@@ -115,10 +123,15 @@ mod tests {
 
     #[test]
     fn nothing_can_be_opened_connected_or_run_any_more() {
-        // The filter is the thread's, so the test's own thread is its victim.
+        // The test's own thread is the filter's victim, not the other tests'.
+        let install = || seccompiler::apply_filter(&program().unwrap());
         let denied = |error: std::io::Error| error.raw_os_error() == Some(libc::EPERM);
         std::thread::spawn(move || {
             install().unwrap();
+            // SAFETY: signals and process ids are numbers.
+            let stop =
+                unsafe { libc::syscall(SYS_tgkill, libc::getpid(), libc::gettid(), libc::SIGSTOP) };
+            assert!(stop == -1 && denied(std::io::Error::last_os_error()));
             assert!(denied(std::fs::File::open("/dev/null").unwrap_err()));
             assert!(denied(
                 std::net::TcpListener::bind("127.0.0.1:0").unwrap_err()

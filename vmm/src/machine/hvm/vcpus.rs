@@ -30,6 +30,9 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// What the threads wait for.
 #[derive(Debug, Default)]
 struct Pace {
+    /// Threads that have come as far as waiting for the guest to run. What a thread needs to get there it may not
+    /// do later, in the jail.
+    arrived: usize,
     /// Threads that are, or may be, in the guest.
     running: usize,
     ended: bool,
@@ -96,12 +99,15 @@ impl Crew {
     /// Waits until the guest may run; `false` at the end.
     fn join_in(&self) -> bool {
         let mut pace = lock(&self.pace);
+        pace.arrived += 1;
+        self.changed.notify_all();
         while !pace.ended && !self.go.load(Ordering::Acquire) {
             pace = self
                 .changed
                 .wait(pace)
                 .unwrap_or_else(PoisonError::into_inner);
         }
+        pace.arrived -= 1;
         if !pace.ended {
             pace.running += 1;
         }
@@ -160,7 +166,19 @@ impl Others {
             }
         }
         before.thread_set_mask()?;
+        others.wait_until(|pace| pace.arrived == others.threads.len());
         Ok(others)
+    }
+
+    fn wait_until(&self, come: impl Fn(&Pace) -> bool) {
+        let crew = &self.shared.crew;
+        let mut pace = lock(&crew.pace);
+        while !come(&pace) {
+            pace = crew
+                .changed
+                .wait(pace)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
     }
 
     /// Lets them run.
@@ -181,13 +199,7 @@ impl Others {
         self.threads
             .iter()
             .for_each(|thread| signal(thread.as_pthread_t()));
-        let mut pace = lock(&crew.pace);
-        while pace.running > 0 {
-            pace = crew
-                .changed
-                .wait(pace)
-                .unwrap_or_else(PoisonError::into_inner);
-        }
+        self.wait_until(|pace| pace.running == 0);
     }
 
     /// The vCPUs; they must be at rest, else this waits for as long as they run.
