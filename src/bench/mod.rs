@@ -6,6 +6,7 @@
 pub mod cases;
 pub mod facts;
 pub mod forks;
+pub mod peer;
 pub mod restore;
 pub mod samples;
 pub mod server;

@@ -33,11 +33,7 @@ pub fn measure(data_dir: &Path, image: &str, runs: usize) -> anyhow::Result<Vec<
         let launcher = Launcher::this_program()?;
         let mut running = Samples::new("restore, process start to guest running");
         let mut ready = Samples::new("restore, before the fork to agent ready");
-        // Larger than any generation that a server on this host has used: they count from the clock, too.
-        let first = std::time::SystemTime::now()
-            .duration_since(std::time::UNIX_EPOCH)?
-            .as_nanos();
-        let first = u64::try_from(first).context("the clock is beyond the year 2554")?;
+        let first = first_generation()?;
         for run in 0..=runs as u64 {
             let start = Instant::now();
             let worker = launcher.spawn().await?;
@@ -66,4 +62,12 @@ pub fn measure(data_dir: &Path, image: &str, runs: usize) -> anyhow::Result<Vec<
         }
         Ok(vec![running, ready])
     })
+}
+
+/// Larger than any generation that a server on this host has used: they count from the clock, too.
+pub(super) fn first_generation() -> anyhow::Result<u64> {
+    let now = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)?
+        .as_nanos();
+    u64::try_from(now).context("the clock is beyond the year 2554")
 }

@@ -10,7 +10,7 @@ use super::{DataDir, exit};
 use crate::bench::facts::Facts;
 use crate::bench::samples::Samples;
 use crate::bench::server::Server;
-use crate::bench::{cases, forks, restore, streams, tapes};
+use crate::bench::{cases, forks, peer, restore, streams, tapes};
 use crate::image::Image;
 
 /// Measure this host: starts what it needs by itself and ends it again.
@@ -26,6 +26,7 @@ use crate::image::Image;
   thaw bench files      100 MiB into a VM and out again
   thaw bench fork       8 forks of a VM with 20 MiB of its own, its wake from disk, its snapshot's size
   thaw bench tape       what recording a session costs its commands
+  thaw bench peer       restores by thaw and by a Firecracker of yours (--firecracker PATH), in turn
 Figures are for this host and this minute: compare what was measured in one run.")]
 pub struct BenchArgs {
     /// What to measure.
@@ -36,6 +37,12 @@ pub struct BenchArgs {
     /// The image to use; `thaw image build` makes one.
     #[arg(long, default_value = "minimal")]
     image: String,
+    /// The Firecracker program to compare with, in the case `peer`.
+    #[arg(long, value_name = "PATH", required_if_eq("case", "peer"))]
+    firecracker: Option<std::path::PathBuf>,
+    /// Another argument for it, such as --no-seccomp for one that was not built for its own filter; may be repeated.
+    #[arg(long, value_name = "ARG", allow_hyphen_values = true)]
+    firecracker_arg: Vec<String>,
     #[command(flatten)]
     data: DataDir,
     /// One JSON object a line: name, n, p50_us, p99_us, max_us.
@@ -55,6 +62,7 @@ enum Case {
     Files,
     Fork,
     Tape,
+    Peer,
 }
 
 /// Runs the command.
@@ -78,6 +86,26 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<ExitCode> {
             .iter()
             .try_for_each(|samples| report.samples(samples))
             .map(|()| ExitCode::SUCCESS);
+    }
+    if let (Case::Peer, Some(firecracker)) = (args.case, &args.firecracker) {
+        let done = peer::measure(
+            &data_dir,
+            &args.image,
+            firecracker,
+            &args.firecracker_arg,
+            runs(20),
+        )
+        .context("the comparison could not run")?;
+        report.facts(&facts);
+        report.note("peer", &done.version);
+        let pairs = [(&done.thaw, &done.peer), (&done.thaw_load, &done.peer_load)];
+        for (thaw, peer) in pairs {
+            report.samples(thaw)?;
+            report.samples(peer)?;
+            let ratio = thaw.percentile(50)? as f64 / peer.percentile(50)? as f64;
+            report.figure("thaw / Firecracker, medians", ratio, "x");
+        }
+        return Ok(ExitCode::SUCCESS);
     }
     let server = Server::start(&data_dir, &args.image)?;
     match args.case {
@@ -149,7 +177,7 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<ExitCode> {
                 report.samples(samples)?;
             }
         }
-        Case::Restore => {}
+        Case::Restore | Case::Peer => {}
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -177,6 +205,14 @@ impl Report {
             println!("{}", samples.line()?);
         }
         Ok(())
+    }
+
+    fn note(&self, name: &str, text: &str) {
+        if self.json {
+            println!("{}", self.with_host(json!({"name": name, "text": text})));
+        } else {
+            println!("{name}: {text}");
+        }
     }
 
     fn with_host(&self, mut figure: Value) -> Value {

@@ -35,6 +35,11 @@ fn main() -> ExitCode {
         .position(|argument| argument == "--rehearse")
     {
         Some(at) => rehearse(&arguments[at + 1..]),
+        None if std::process::id() == 1
+            && arguments.iter().any(|argument| argument == "--idle") =>
+        {
+            idle()
+        }
         None if std::process::id() == 1 => serve(),
         None => {
             say(
@@ -79,6 +84,16 @@ fn serve() -> Result<Infallible, Box<dyn Error>> {
         kernel: kernel_release(),
     };
     Ok(Engine::new(wire, ground)?.run()?)
+}
+
+/// In a guest of another VMM, which has none of thaw's devices: comes up as far as without them, and does nothing. It
+/// is what thaw is measured against.
+fn idle() -> Result<Infallible, Box<dyn Error>> {
+    boot::bring_up()?;
+    say(boot::IDLE);
+    loop {
+        std::thread::park();
+    }
 }
 
 /// On a host, over a socket on standard input.
