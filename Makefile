@@ -9,13 +9,14 @@ THAW         := $(CURDIR)/target/release/thaw
 # Byte code beside the runner's sources would look like a change of what thaw embeds.
 export PYTHONDONTWRITEBYTECODE := 1
 
-.PHONY: help setup build guest image demo test lint unit blackbox bench bench-client stress clean
+.PHONY: help setup build guest image demo test lint unit blackbox nested nested-smoke bench bench-client stress clean
 
 help:
 	@echo "make demo      install what is missing, build, make the image, serve, send one real request"
 	@echo "make test      everything that CI runs: format, lints, unit tests, tests against real VMs"
 	@echo "make build     target/release/thaw and the guest's programs"
 	@echo "make image     the minimal image, in target/thaw-data"
+	@echo "make nested    the black-box tests on an emulated host with SVM (hours); nested-smoke: the gist (minutes)"
 	@echo "make bench     the README's figures, measured here"
 	@echo "make bench-client  the same for the official client: calls and files"
 	@echo "make stress    a thousand random kills, and 500 sessions asleep at once (10 minutes)"
@@ -47,6 +48,17 @@ unit: image
 
 blackbox: image
 	scripts/blackbox $(THAW) $(DATA)
+
+# The machine of ordinary KVM hosts, under an emulator: see scripts/nested.
+nested-smoke: image
+	scripts/blackbox $(THAW) $(DATA) --collect-only -qq >/dev/null
+	scripts/nested --seconds 900 -- scripts/nested-smoke $(THAW) $(DATA) "$$(scripts/unit-program thaw-vmm)"
+
+nested: image
+	scripts/blackbox $(THAW) $(DATA) --collect-only -qq >/dev/null
+	mkdir -p $(CURDIR)/target/nested-out
+	scripts/nested --seconds 14400 --memory 10240 --out $(CURDIR)/target/nested-out -- \
+		scripts/nested-suite $(THAW) $(DATA) $(CURDIR)/target/nested-out
 
 test:
 	@scripts/test

@@ -10,7 +10,7 @@ use clap::Args;
 use serde::Serialize;
 use serde_json::json;
 use thaw_vmm::machine::probe::SyscallPath;
-use thaw_vmm::machine::{Probe, probe};
+use thaw_vmm::machine::{MachineKind, Probe, probe};
 
 use super::{DataDir, exit};
 use crate::image::host_tools::{self, IMAGE_TOOLS};
@@ -199,14 +199,15 @@ fn machine(probe: &Probe) -> Vec<Finding> {
     if !facts.is_empty() {
         found = format!("{found}\n{facts}");
     }
-    let path = match probe.syscall {
-        SyscallPath::Native => "native: SYSCALL stays at CPL3",
-        SyscallPath::Bounce => "through the CPL0 stub: SYSCALL enters CPL0",
-    };
-    vec![
-        Finding::ok("machine", found),
-        Finding::ok("system calls", path),
-    ]
+    let mut findings = vec![Finding::ok("machine", found)];
+    if kind == MachineKind::Pv {
+        let path = match probe.syscall {
+            SyscallPath::Native => "native: SYSCALL stays at CPL3",
+            SyscallPath::Bounce => "through the CPL0 stub: SYSCALL enters CPL0",
+        };
+        findings.push(Finding::ok("system calls", path));
+    }
+    findings
 }
 
 fn processor() -> anyhow::Result<Finding> {
@@ -342,7 +343,6 @@ fn templates(data_dir: &Path) -> Finding {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use thaw_vmm::machine::MachineKind;
 
     #[test]
     fn a_host_without_kvm_is_told_what_to_do() {

@@ -80,7 +80,7 @@ fn attempt() -> anyhow::Result<Probe> {
         }
         level => {
             facts.push(format!(
-                "SYSCALL at CPL3 enters CPL{level}: system calls are bounced back"
+                "SYSCALL at CPL3 enters CPL{level}: on the pv machine system calls are bounced back"
             ));
             SyscallPath::Bounce
         }
