@@ -11,6 +11,7 @@
 pub mod apic;
 pub mod cpu;
 pub mod kick;
+mod registers;
 mod vcpu;
 pub mod vcpu_state;
 

@@ -43,6 +43,10 @@ pub struct Probe {
 const INTERPRETED_NS: f64 = 50.0;
 /// Rounds of the timed loop: two instructions each, a third of a millisecond if interpreted.
 const ROUNDS: u32 = 256;
+/// Tries before a loop that was slow each time counts as interpreted.
+const TRIES: u32 = 5;
+/// What a try that was too short to be timed is taken for, per instruction: no processor is faster.
+const MIN_NS: f64 = 0.05;
 /// Rounds when they turned out to be too short to be timed: as long, if the hardware runs them.
 const MANY_ROUNDS: u32 = 1 << 18;
 
@@ -194,11 +198,16 @@ fn run_to_port(vm: &mut Vm) -> anyhow::Result<()> {
 }
 
 fn time_cpl0(vm: &mut Vm) -> anyhow::Result<f64> {
-    let rough = time_rounds(vm, ROUNDS)?;
-    if rough > INTERPRETED_NS {
-        return Ok(rough);
+    // A busy host may stop the guest at any moment, which looks like an interpreter. Nothing makes an
+    // interpreter look like hardware, so one fast try out of several tells.
+    let mut best = f64::INFINITY;
+    for _ in 0..TRIES {
+        best = best.min(time_rounds(vm, ROUNDS)?);
+        if best <= INTERPRETED_NS {
+            return Ok(time_rounds(vm, MANY_ROUNDS)?.min(best.max(MIN_NS)));
+        }
     }
-    time_rounds(vm, MANY_ROUNDS)
+    Ok(best)
 }
 
 /// Nanoseconds per instruction in a loop of so many rounds.
