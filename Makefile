@@ -52,7 +52,7 @@ blackbox: image
 # The machine of ordinary KVM hosts, under an emulator: see scripts/nested.
 nested-smoke: image
 	scripts/blackbox $(THAW) $(DATA) --collect-only -qq >/dev/null
-	scripts/nested --seconds 900 -- scripts/nested-smoke $(THAW) $(DATA) "$$(scripts/unit-program thaw-vmm)"
+	scripts/nested --seconds 900 --cpus 1 -- scripts/nested-smoke $(THAW) $(DATA) "$$(scripts/unit-program thaw-vmm)"
 
 nested: image
 	scripts/blackbox $(THAW) $(DATA) --collect-only -qq >/dev/null

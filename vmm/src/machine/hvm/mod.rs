@@ -19,6 +19,7 @@ mod vcpus;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 
@@ -45,8 +46,10 @@ pub const MAX_VCPUS: u32 = 8;
 pub const CMDLINE: &str = "console=ttyS0 mitigations=off quiet reboot=k panic=-1 oops=panic pci=off acpi=off \
      i8042.noaux i8042.nokbd 8250.nr_uarts=1 no_timer_check tsc=reliable initcall_blacklist=cmos_init";
 
-/// How long (ns) after its last word the guest is looked at, whether it has halted for good.
-const LAST_WORD: u64 = 20_000_000;
+/// How long after its last word the guest is first looked at, whether it has halted for good; then after twice the
+/// time, and so on until it has been silent for [`STILL_ALIVE`], in which any kernel has done what it does before it halts.
+const LAST_WORD: Duration = Duration::from_millis(20);
+const STILL_ALIVE: Duration = Duration::from_secs(10);
 
 /// PG, AM off, WP, NE, ET, PE: long mode with paging.
 const CR0: u64 = 0x8001_0031;
@@ -67,8 +70,8 @@ pub struct HvmMachine {
     host: HostFacts,
     memory_mib: u32,
     counts: Counts,
-    /// The guest printed something since it was last seen to be alive.
-    printed: bool,
+    /// When the guest last printed something, unless that is too long ago to matter.
+    printed: Option<Instant>,
     ended: bool,
 }
 
@@ -223,7 +226,7 @@ impl HvmMachine {
             },
             memory_mib,
             counts: Counts::default(),
-            printed: false,
+            printed: None,
             ended: false,
         })
     }
@@ -251,8 +254,8 @@ impl HvmMachine {
                 }
                 Ok(Asked::Reset) => return Ok(self.shared.ended()),
                 Ok(Asked::Printed) => {
-                    self.printed = true;
-                    self.timer.arm(LAST_WORD);
+                    self.printed = Some(Instant::now());
+                    self.look_after(LAST_WORD);
                 }
                 Ok(Asked::Nothing | Asked::Route) => {}
                 Err(error) => return Ok(Exit::Crashed(format!("{error:#}"))),
@@ -263,7 +266,22 @@ impl HvmMachine {
     /// Whether the guest switched itself off. Without ACPI a kernel has no other way to do that than to say so on the
     /// console and to halt its first processor with interrupts off.
     fn has_halted_for_good(&mut self) -> anyhow::Result<bool> {
-        Ok(std::mem::take(&mut self.printed) && self.vcpu.is_dead()?)
+        let Some(printed) = self.printed else {
+            return Ok(false);
+        };
+        if self.vcpu.is_dead()? {
+            return Ok(true);
+        }
+        match printed.elapsed() {
+            silent if silent < STILL_ALIVE => self.look_after(silent.max(LAST_WORD)),
+            _ => self.printed = None,
+        }
+        Ok(false)
+    }
+
+    fn look_after(&self, pause: Duration) {
+        self.timer
+            .arm(u64::try_from(pause.as_nanos()).unwrap_or(u64::MAX));
     }
 }
 
