@@ -69,3 +69,19 @@ def shared(server):
     made = server.client().session(vm_lifetime_seconds=3600)
     yield made
     made.kill()
+
+
+@pytest.fixture
+def make(server):
+    """Makes VMs through the API, which end with the test."""
+    client, made = server.client(), []
+
+    def make(**body):
+        reply = client.post("/v1/vms", body)
+        assert reply.status_code == 200, reply.text
+        made.append(harness.Vm(client, reply.json()))
+        return made[-1]
+
+    yield make
+    for vm in made:
+        vm.end()

@@ -334,6 +334,37 @@ def wait_gone(pid, bound=20):
     return False
 
 
+class Vm:
+    """A VM and its session, over plain HTTP."""
+
+    def __init__(self, client, said):
+        self.client, self.id, self.session = client, said["vm_id"], said["session_id"]
+
+    def run(self, code, language="python", **more):
+        body = {"command": code, "language": language, "session_id": self.session, **more}
+        reply = self.client.post("/execute", body)
+        assert reply.status_code == 200, reply.text
+        return reply.json()
+
+    def out(self, code, language="python"):
+        done = self.run(code, language)
+        assert done["exit_code"] == 0 and not done.get("vm_restarted"), done
+        return done["stdout"].strip()
+
+    def fork(self, count):
+        reply = self.client.post(f"/v1/vms/{self.id}/fork", {"count": count})
+        assert reply.status_code == 200, reply.text
+        return reply.json()
+
+    def snapshot(self):
+        reply = self.client.post(f"/v1/vms/{self.id}/snapshot", {})
+        assert reply.status_code == 200, reply.text
+        return reply.json()
+
+    def end(self):
+        self.client.http.delete(f"{self.client.url}/v1/vms/{self.id}")
+
+
 def wait_for(true, what, bound=30, pause=0.05):
     """Until `true()` is; gives what it gave."""
     until = time.monotonic() + bound

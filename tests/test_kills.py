@@ -10,8 +10,7 @@ import time
 
 import pytest
 
-from harness import THAW, wait_for
-from test_forks import Vm
+from harness import THAW, Vm, wait_for
 
 # As many as THAW_KILLS says: CI is content with fewer than the figure of docs/operations.md.
 KILLS = int(os.environ.get("THAW_KILLS", "25"))

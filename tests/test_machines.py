@@ -6,8 +6,7 @@ import time
 
 import pytest
 
-from harness import THAW
-from test_forks import Vm
+from harness import THAW, Vm
 
 FLAGS = next(line for line in open("/proc/cpuinfo") if line.startswith("flags")).split()
 HVM = bool({"vmx", "svm"} & set(FLAGS))
@@ -21,21 +20,6 @@ if HVM:
 def probe():
     done = subprocess.run([THAW, "doctor", "--json"], capture_output=True, text=True)
     return json.loads(done.stdout)["probe"]
-
-
-@pytest.fixture
-def make(server):
-    client, made = server.client(), []
-
-    def make(**body):
-        reply = client.post("/v1/vms", body)
-        assert reply.status_code == 200, reply.text
-        made.append(Vm(client, reply.json()))
-        return made[-1]
-
-    yield make
-    for vm in made:
-        vm.end()
 
 
 def test_the_probe_picks_the_machine_that_this_processor_is_made_for(probe, server):

@@ -9,25 +9,9 @@ import time
 
 import pytest
 
-from harness import THAW, Server, make_data_dir, wait_for
-from test_forks import Vm
+from harness import THAW, Server, Vm, make_data_dir, wait_for
 
 CONFIG = {"session.pool.low": 1, "session.pool.high": 2}
-
-
-@pytest.fixture
-def make(server):
-    client, made = server.client(), []
-
-    def make(**body):
-        reply = client.post("/v1/vms", body)
-        assert reply.status_code == 200, reply.text
-        made.append(Vm(client, reply.json()))
-        return made[-1]
-
-    yield make
-    for vm in made:
-        vm.end()
 
 
 def tool(server, *words, code=0):

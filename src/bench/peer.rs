@@ -17,11 +17,10 @@ use hyper::{Method, Request};
 use hyper_util::rt::TokioIo;
 use serde_json::{Value, json};
 use thaw_vmm::machine::MachineKind;
-use thaw_vmm::protocol::Tuning;
 use tokio::net::UnixStream;
 use tokio::process::{Child, Command};
 
-use super::restore::first_generation;
+use super::restore::{self, first_generation};
 use super::samples::Samples;
 use crate::image::Image;
 use crate::template::Templates;
@@ -101,26 +100,8 @@ pub fn measure(
         let first = first_generation()?;
         // The first round of each brings programs and memory into the page cache.
         for run in 0..=runs as u64 {
-            let start = Instant::now();
-            let worker = launcher.spawn().await?;
-            let ordered = Instant::now();
-            let started = worker
-                .restore(
-                    first + run,
-                    Tuning::default(),
-                    &template.state,
-                    &template.memory,
-                    None,
-                    Some(&template.working_set),
-                )
-                .await?;
-            let total = started
-                .phases_us
-                .get("total")
-                .context("the worker did not say how long its start took")?;
-            // What it waited for after that is the agent's first word.
-            let running = Duration::from_micros(*total).min(start.elapsed());
-            worker.end().await;
+            let restored = restore::once(&launcher, &template, first + run).await?;
+            restored.worker.end().await;
             tokio::time::sleep(REST).await;
             let peer = peer
                 .load()
@@ -128,10 +109,10 @@ pub fn measure(
                 .context("Firecracker did not load its snapshot")?;
             tokio::time::sleep(REST).await;
             if run > 0 {
-                compared.thaw.add(running);
+                compared.thaw.add(restored.running);
                 compared
                     .thaw_load
-                    .add(running.saturating_sub(ordered - start));
+                    .add(restored.running.saturating_sub(restored.ordered));
                 compared.peer.add(peer.total);
                 compared.peer_load.add(peer.load);
             }

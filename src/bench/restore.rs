@@ -8,8 +8,8 @@ use anyhow::Context;
 use thaw_vmm::protocol::Tuning;
 
 use super::samples::Samples;
-use crate::template::Templates;
-use crate::worker::Launcher;
+use crate::template::{Template, Templates};
+use crate::worker::{Launcher, Worker};
 
 /// The guest's memory: what a session gets when the client does not say.
 const MEMORY_MIB: u32 = 512;
@@ -35,32 +35,59 @@ pub fn measure(data_dir: &Path, image: &str, runs: usize) -> anyhow::Result<Vec<
         let mut ready = Samples::new("restore, before the fork to agent ready");
         let first = first_generation()?;
         for run in 0..=runs as u64 {
-            let start = Instant::now();
-            let worker = launcher.spawn().await?;
-            let started = worker
-                .restore(
-                    first + run,
-                    Tuning::default(),
-                    &template.state,
-                    &template.memory,
-                    None,
-                    Some(&template.working_set),
-                )
-                .await?;
-            let waited = start.elapsed();
-            let total = started
-                .phases_us
-                .get("total")
-                .context("the worker did not say how long its start took")?;
+            let restored = once(&launcher, &template, first + run).await?;
             // The first round brings the program into the page cache.
             if run > 0 {
-                running.add(Duration::from_micros(*total));
-                ready.add(waited);
+                running.add(restored.running);
+                ready.add(restored.ready);
             }
-            worker.end().await;
+            restored.worker.end().await;
             tokio::time::sleep(REST).await;
         }
         Ok(vec![running, ready])
+    })
+}
+
+/// One restored VM, and when it was how far, from before the fork.
+pub(super) struct Restored {
+    pub worker: Worker,
+    /// The worker was there to take its order.
+    pub ordered: Duration,
+    /// From the process's start, as the worker counts it: the guest ran.
+    pub running: Duration,
+    /// The agent had said its first word.
+    pub ready: Duration,
+}
+
+/// Starts a worker and restores a template in it.
+pub(super) async fn once(
+    launcher: &Launcher,
+    template: &Template,
+    generation: u64,
+) -> anyhow::Result<Restored> {
+    let start = Instant::now();
+    let worker = launcher.spawn().await?;
+    let ordered = start.elapsed();
+    let started = worker
+        .restore(
+            generation,
+            Tuning::default(),
+            &template.state,
+            &template.memory,
+            None,
+            Some(&template.working_set),
+        )
+        .await?;
+    let ready = start.elapsed();
+    let total = started
+        .phases_us
+        .get("total")
+        .context("the worker did not say how long its start took")?;
+    Ok(Restored {
+        worker,
+        ordered,
+        running: Duration::from_micros(*total),
+        ready,
     })
 }
 

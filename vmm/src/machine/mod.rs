@@ -4,6 +4,7 @@
 //! sockets whenever the guest is idle, so a message for an idle guest costs no thread switch;
 //! while the guest runs, a signal brings it back (see [`crate::worker`]).
 
+mod blob;
 mod console;
 mod elf;
 pub mod hvm;

@@ -1,20 +1,24 @@
 //! A stopped `hvm` machine as bytes, and what a host must have to run it on.
 
-use anyhow::{Context, bail, ensure};
+use anyhow::ensure;
 use serde::{Deserialize, Serialize};
 
 use super::MAX_VCPUS;
 use super::devices::SavedDevices;
 use super::layout::Layout;
 use crate::kvm::vcpu_state::VcpuState;
+use crate::machine::blob::Format;
 
-/// First bytes of every blob, then the version.
-const MAGIC: [u8; 8] = *b"thaw hvm";
-/// Version of [`Saved`].
-const VERSION: u32 = 1;
 /// Longest blob that is decoded. A vCPU's state is some 15 KiB, most of it extended state, which is up to 11 KiB where
 /// there is AMX; eight of them are a tenth of this.
 const MAX_STATE: usize = 1 << 20;
+/// The version is that of [`Saved`].
+const FORMAT: Format = Format {
+    magic: *b"thaw hvm",
+    version: 1,
+    most: MAX_STATE,
+    machine: "hvm",
+};
 /// Most model-specific registers of a vCPU; KVM lists about 400.
 const MAX_MSRS: usize = 2048;
 /// Rates of the time stamp counter that differ by less, in millionths, need no scaling: what NTP corrects, and the limit
@@ -33,37 +37,12 @@ pub(super) struct Saved {
 }
 
 pub(super) fn encode(saved: &Saved) -> anyhow::Result<Vec<u8>> {
-    let mut bytes = MAGIC.to_vec();
-    bytes.extend(VERSION.to_le_bytes());
-    let bytes = postcard::to_extend(saved, bytes).context("encoding the VM's state")?;
-    ensure!(
-        bytes.len() <= MAX_STATE,
-        "the VM's state has {} bytes, more than the {MAX_STATE} that a restore would take",
-        bytes.len()
-    );
-    Ok(bytes)
+    FORMAT.encode(saved)
 }
 
 /// Decodes and checks a blob; whether this host can run it is [`super::cpuid`]'s to say.
 pub(super) fn decode(bytes: &[u8]) -> anyhow::Result<(Saved, Layout)> {
-    ensure!(
-        bytes.len() <= MAX_STATE,
-        "the VM's state has {} bytes, no state has more than {MAX_STATE}",
-        bytes.len()
-    );
-    let rest = bytes
-        .strip_prefix(&MAGIC)
-        .context("this is not the state of an hvm machine")?;
-    let (version, rest) = rest
-        .split_first_chunk::<4>()
-        .context("the VM's state is truncated")?;
-    let version = u32::from_le_bytes(*version);
-    if version != VERSION {
-        bail!(
-            "the VM's state has version {version}, this thaw reads {VERSION}: build the template anew"
-        );
-    }
-    let saved: Saved = postcard::from_bytes(rest).context("the VM's state is damaged")?;
+    let saved: Saved = FORMAT.decode(bytes)?;
     let layout = Layout::new(saved.memory_mib)?;
     ensure!(
         (1..=MAX_VCPUS as usize).contains(&saved.vcpus.len())

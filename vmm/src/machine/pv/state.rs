@@ -1,6 +1,6 @@
 //! A stopped machine as bytes, and what a host must have to run it on.
 
-use anyhow::{Context, bail, ensure};
+use anyhow::ensure;
 use kvm_bindings::{kvm_cpuid_entry2, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xsave};
 use serde::{Deserialize, Serialize};
 
@@ -8,14 +8,18 @@ use super::cpuid;
 use super::events::Events;
 use super::layout::Layout;
 use super::time::TIME_INFO;
+use crate::machine::blob::Format;
 use crate::machine::probe::SyscallPath;
 
-/// First bytes of every blob, then the version.
-const MAGIC: [u8; 8] = *b"thaw pv\0";
-/// Version of [`Saved`] and of the area's layout and the shim's code, which lie in the saved memory.
-pub(super) const VERSION: u32 = 1;
 /// Longest blob that is decoded: a state is about 10 KiB, nearly all of it processor state.
 pub const MAX_STATE: usize = 256 << 10;
+/// The version is that of [`Saved`], and of the area's layout and the shim's code, which lie in the saved memory.
+const FORMAT: Format = Format {
+    magic: *b"thaw pv\0",
+    version: 1,
+    most: MAX_STATE,
+    machine: "pv",
+};
 /// Difference in time stamp counter frequency, in thousandths, that a guest does not notice.
 const TSC_TOLERANCE: u32 = 5;
 
@@ -97,15 +101,7 @@ impl Facts {
 }
 
 pub(super) fn encode(saved: &Saved) -> anyhow::Result<Vec<u8>> {
-    let mut bytes = MAGIC.to_vec();
-    bytes.extend(VERSION.to_le_bytes());
-    let bytes = postcard::to_extend(saved, bytes).context("encoding the VM's state")?;
-    ensure!(
-        bytes.len() <= MAX_STATE,
-        "the VM's state has {} bytes, more than the {MAX_STATE} that a restore would take",
-        bytes.len()
-    );
-    Ok(bytes)
+    FORMAT.encode(saved)
 }
 
 /// Decodes and checks a blob; whatever is in it, the result is one that this host can run.
@@ -113,24 +109,7 @@ pub(super) fn decode(
     bytes: &[u8],
     here: impl FnOnce() -> Facts,
 ) -> anyhow::Result<(Saved, Layout)> {
-    ensure!(
-        bytes.len() <= MAX_STATE,
-        "the VM's state has {} bytes, no state has more than {MAX_STATE}",
-        bytes.len()
-    );
-    let rest = bytes
-        .strip_prefix(&MAGIC)
-        .context("this is not the state of a pv machine")?;
-    let (version, rest) = rest
-        .split_first_chunk::<4>()
-        .context("the VM's state is truncated")?;
-    let version = u32::from_le_bytes(*version);
-    if version != VERSION {
-        bail!(
-            "the VM's state has version {version}, this thaw reads {VERSION}: build the template anew"
-        );
-    }
-    let saved: Saved = postcard::from_bytes(rest).context("the VM's state is damaged")?;
+    let saved: Saved = FORMAT.decode(bytes)?;
     saved.facts.check(&here())?;
     let layout = Layout::new(saved.memory_mib)?;
     let inside = |address: u64, length: u64| address <= layout.size - length;
