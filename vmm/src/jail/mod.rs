@@ -24,7 +24,8 @@ use anyhow::Context;
 use nix::sys::resource::{Resource, setrlimit};
 use nix::unistd::{Gid, Uid, chdir, chroot, getpid, setgroups, setresgid, setresuid};
 
-/// Descriptors that a worker may have open: the VM's four, the socket, two logs, and those of one order.
+/// Descriptors that a worker may have open: the VM's own (eight vCPUs, two interrupt lines and three more at most), the socket, two logs, and
+/// those of one order.
 const MAX_DESCRIPTORS: u64 = 64;
 
 /// First of the ids that workers take, far above what systems hand out to people and services; the

@@ -4,7 +4,7 @@
 //! interprets it. A SYSCALL at CPL3 shows where the guest lands.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::bail;
 use kvm_bindings::kvm_segment;
@@ -41,14 +41,10 @@ pub struct Probe {
 
 /// Slower than this per instruction is an interpreter, not hardware.
 const INTERPRETED_NS: f64 = 50.0;
-/// Rounds of the timed loop: two instructions each, a third of a millisecond if interpreted.
-const ROUNDS: u32 = 256;
+/// Rounds of the timed loop: two instructions each, over a millisecond if interpreted.
+const ROUNDS: u32 = 1024;
 /// Tries before a loop that was slow each time counts as interpreted.
 const TRIES: u32 = 5;
-/// What a try that was too short to be timed is taken for, per instruction: no processor is faster.
-const MIN_NS: f64 = 0.05;
-/// Rounds when they turned out to be too short to be timed: as long, if the hardware runs them.
-const MANY_ROUNDS: u32 = 1 << 18;
 
 /// Tries out this host's KVM.
 #[must_use]
@@ -198,24 +194,32 @@ fn run_to_port(vm: &mut Vm) -> anyhow::Result<()> {
 }
 
 fn time_cpl0(vm: &mut Vm) -> anyhow::Result<f64> {
-    // A busy host may stop the guest at any moment, which looks like an interpreter. Nothing makes an
-    // interpreter look like hardware, so one fast try out of several tells.
-    let mut best = f64::INFINITY;
+    // A busy host may stop the guest at any moment. That makes a loop slower, never faster: the best of several tries
+    // is the truest.
+    let (mut empty, mut looped) = (Duration::MAX, Duration::MAX);
     for _ in 0..TRIES {
-        best = best.min(time_rounds(vm, ROUNDS)?);
-        if best <= INTERPRETED_NS {
-            return Ok(time_rounds(vm, MANY_ROUNDS)?.min(best.max(MIN_NS)));
+        let (way, rounds) = time_rounds(vm)?;
+        (empty, looped) = (empty.min(way), looped.min(rounds));
+        if per_instruction(empty, looped) <= INTERPRETED_NS {
+            break;
         }
     }
-    Ok(best)
+    Ok(per_instruction(empty, looped))
 }
 
-/// Nanoseconds per instruction in a loop of so many rounds.
-fn time_rounds(vm: &mut Vm, rounds: u32) -> anyhow::Result<f64> {
+/// Nanoseconds per instruction of a loop that took so long, the way to the VMM and back, `empty`, included. That may have
+/// been mistimed, too, so it never counts for more than half: what is interpreted stays slow.
+fn per_instruction(empty: Duration, looped: Duration) -> f64 {
+    let own = looped.saturating_sub(empty.min(looped / 2));
+    own.as_nanos() as f64 / f64::from(2 * ROUNDS)
+}
+
+/// How long the way to the VMM and back takes, and how long with the loop on it.
+fn time_rounds(vm: &mut Vm) -> anyhow::Result<(Duration, Duration)> {
     vm.vcpu.settle()?;
     // out; out; mov ecx, rounds; 1: dec ecx; jnz 1b; out
     let mut code = vec![0xe6, PORT as u8, 0xe6, PORT as u8, 0xb9];
-    code.extend(rounds.to_le_bytes());
+    code.extend(ROUNDS.to_le_bytes());
     code.extend([0xff, 0xc9, 0x75, 0xfc, 0xe6, PORT as u8, 0xf4]);
     vm.memory().write(CODE, &code)?;
     set_level(vm, 0);
@@ -225,8 +229,7 @@ fn time_rounds(vm: &mut Vm, rounds: u32) -> anyhow::Result<f64> {
     let empty = start.elapsed();
     let start = Instant::now();
     run_to_port(vm)?;
-    let loops = start.elapsed().saturating_sub(empty);
-    Ok(loops.as_nanos() as f64 / f64::from(2 * rounds))
+    Ok((empty, start.elapsed()))
 }
 
 /// The privilege level at which SYSCALL's target runs.
@@ -263,6 +266,16 @@ mod tests {
         assert_eq!(probe.kind, Some(expected), "{:?}", probe.facts);
         assert!(probe.cpl0_ns > 0.0 && probe.tsc_khz > 100_000);
         assert!(probe.facts.len() >= 3);
+    }
+
+    #[test]
+    fn a_busy_host_does_not_make_an_interpreter_look_like_hardware() {
+        let ms = Duration::from_millis;
+        // The way was mistimed, to more than the loop took.
+        assert!(per_instruction(ms(9), ms(2)) > INTERPRETED_NS);
+        // An emulated processor, whose exits are slow.
+        let slow_exit = Duration::from_micros(150);
+        assert!(per_instruction(slow_exit, slow_exit) <= INTERPRETED_NS);
     }
 
     #[test]
