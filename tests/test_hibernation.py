@@ -29,7 +29,7 @@ def test_an_idle_session_hibernates_and_wakes_as_it_was(start_server):
     server = start_server(config=CONFIG)
     session = server.client().session(vm_lifetime_seconds=3600)
     session.python("state = {'n': 1}; open('/root/kept', 'w').write('file')")
-    session.run("for n in $(seq 1000000); do echo $n > /tmp/beat; sleep 0.05; done & echo $! > /tmp/pid", language="bash")
+    session.run("n=0; while :; do n=$((n + 1)); echo $n > /tmp/beat; sleep 0.05; done & echo $! > /tmp/pid", language="bash")
     before = server.workers()
     asleep(session)
     wait_for(lambda: len(server.workers()) < len(before), "its process to be gone")
