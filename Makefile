@@ -51,9 +51,9 @@ blackbox: image
 
 # The machine of ordinary KVM hosts, under an emulator: see scripts/nested. One emulated processor: QEMU 7.2 hangs now and
 # then when one of several turns virtualization on or off.
+# Once more if the emulator itself hangs or ends (124, 125).
 nested-smoke: image
 	scripts/blackbox $(THAW) $(DATA) --collect-only -qq >/dev/null
-	# Twice, if the emulator itself hangs or ends: 124 and 125.
 	unit="$$(scripts/unit-program thaw_vmm)"; for try in 1 2; do \
 		scripts/nested --seconds 600 --cpus 1 -- scripts/nested-smoke $(THAW) $(DATA) "$$unit"; code=$$?; \
 		[ $$code -eq 124 ] || [ $$code -eq 125 ] || break; \
