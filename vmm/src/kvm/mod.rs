@@ -6,7 +6,7 @@
 //!
 //! A [`Vm`] has no interrupt controller: the `pv` machine needs none, and creating one makes
 //! set-up and tear-down slower by milliseconds. An [`apic::ApicVm`] has vCPUs with local APICs in
-//! KVM, but neither PIC nor I/O APIC there, which is where those milliseconds go.
+//! KVM, but neither PIC nor I/O APIC there.
 
 pub mod apic;
 pub mod cpu;
