@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use thaw::worker::{Event, Launcher, Worker, command};
-use thaw_vmm::machine::pv;
+use thaw_vmm::machine::{MachineKind, probe};
 use thaw_vmm::protocol::{Boot, Tuning};
 use thaw_wire::message::{Exit, Language, Renew, Signal};
 
@@ -96,11 +96,12 @@ const BOUNCE: Tuning = Tuning { force_bounce: true };
 
 async fn boot(tuning: Tuning) -> Worker {
     let worker = launcher().spawn().await.unwrap();
+    let kind = probe().kind.expect("this host runs no VMs");
     let boot = Boot {
         vcpus: 1,
         memory_mib: 256,
-        cmdline: pv::CMDLINE.to_owned(),
-        machine: None,
+        cmdline: kind.cmdline().to_owned(),
+        machine: Some(kind),
         tuning,
     };
     let started = worker
@@ -308,6 +309,10 @@ async fn a_guest_that_powers_off_or_crashes_is_reported() {
 /// this host unless it is forced. The guest's self-test must pass on it, before and after a thaw.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_guest_passes_its_self_test_with_system_calls_bounced() {
+    if probe().kind != Some(MachineKind::Pv) {
+        eprintln!("not tested: this host's machine takes system calls by itself");
+        return;
+    }
     let path = std::env::var_os("THAW_SELFTEST")
         .expect("set THAW_SELFTEST to the static thaw-selftest (`make test` does)");
     let program = std::fs::read(path).unwrap();

@@ -17,6 +17,7 @@ use hyper::{Method, Request};
 use hyper_util::rt::TokioIo;
 use serde_json::{Value, json};
 use thaw_vmm::machine::MachineKind;
+use thaw_wire::layout::IDLE;
 use tokio::net::UnixStream;
 use tokio::process::{Child, Command};
 
@@ -39,8 +40,6 @@ const LOOK: Duration = Duration::from_micros(200);
 /// Firecracker's guest, by its command line: thaw's own agent, which there does nothing.
 const CMDLINE: &str = "console=ttyS0 mitigations=off quiet reboot=k panic=-1 pci=off i8042.noaux i8042.nokbd \
      8250.nr_uarts=1 tsc=reliable -- --idle";
-/// What that agent says when it is up.
-const IDLE: &str = "up and idle";
 
 /// What was measured.
 #[derive(Debug)]

@@ -193,7 +193,7 @@ fn machine(probe: &Probe) -> Vec<Finding> {
     };
     let mut found = format!(
         "{} (CPL0 code takes {:.1} ns an instruction)",
-        template::machine_name(kind),
+        kind.name(),
         probe.cpl0_ns
     );
     if !facts.is_empty() {

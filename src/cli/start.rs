@@ -85,7 +85,7 @@ pub(super) async fn sessions(
         .await
         .with_context(|| format!("no template can be made of the image {image}"))
         .map_err(|error| exit::with(exit::IMAGE, error))?;
-    let machine = crate::template::machine_name(template.manifest.machine);
+    let machine = template.manifest.machine.name();
     let facts = format!(
         "image {image}, kernel {}, machine {machine}, {} MiB",
         template.manifest.kernel, template.manifest.memory_mib,

@@ -222,7 +222,7 @@ fn run_list(args: &ListArgs) -> anyhow::Result<()> {
                 manifest.image_name.clone(),
                 format!("{} MiB", manifest.memory_mib),
                 manifest.vcpus.to_string(),
-                template::machine_name(manifest.machine).to_owned(),
+                manifest.machine.name().to_owned(),
                 human_bytes(manifest.memory.pages * 4096),
                 human_bytes(manifest.working_set.bytes / 8 * 4096),
                 human_date(manifest.created_at),
@@ -245,7 +245,7 @@ fn summary(name: &str, manifest: &Manifest) -> serde_json::Value {
     json!({
         "name": name, "image": manifest.image_name, "image_digest": manifest.image,
         "memory_mib": manifest.memory_mib, "vcpus": manifest.vcpus,
-        "machine": template::machine_name(manifest.machine),
+        "machine": manifest.machine.name(),
         "memory_pages": manifest.memory.pages, "working_set_pages": manifest.working_set.bytes / 8,
         "boot_ms": manifest.boot_ms, "build_ms": manifest.build_ms, "created_at": manifest.created_at,
     })
@@ -273,10 +273,7 @@ fn run_inspect(args: &NameArgs) -> anyhow::Result<()> {
             "image",
             format!("{} ({})", manifest.image_name, manifest.image),
         ),
-        (
-            "machine",
-            template::machine_name(manifest.machine).to_owned(),
-        ),
+        ("machine", manifest.machine.name().to_owned()),
         ("memory", format!("{} MiB", manifest.memory_mib)),
         ("vCPUs", manifest.vcpus.to_string()),
         ("kernel", manifest.kernel),

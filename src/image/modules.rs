@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
+use thaw_wire::layout::{BELL_LINE, BELL_PORT};
 
 /// A module that is neither a file nor built in.
 #[derive(Debug, thiserror::Error)]
@@ -32,8 +33,13 @@ pub const WANTED: [&str; 8] = [
 const PV: &[&str] = &["xen_evtchn"];
 const HVM: &[&str] = &["parport", "parport_pc", "ppdev"];
 
-/// Parameters of a module. With the port named, its driver does not search the bus for others.
-const PARAMETERS: &[(&str, &str)] = &[("parport_pc", "io=0x378 irq=7")];
+/// Parameters of a module: with the port named, the parallel port's driver does not search the bus for others.
+fn parameters(module: &str) -> String {
+    match module {
+        "parport_pc" => format!(" io={BELL_PORT:#x} irq={BELL_LINE}"),
+        _ => String::new(),
+    }
+}
 
 /// A module that goes into the initramfs.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -63,10 +69,7 @@ pub fn orders(modules: &[Module]) -> [(&'static str, String); 3] {
         };
         let text = &mut orders[list].1;
         text.push_str(&module.file);
-        for (_, parameters) in PARAMETERS.iter().filter(|(of, _)| *of == name) {
-            text.push(' ');
-            text.push_str(parameters);
-        }
+        text.push_str(&parameters(&name));
         text.push('\n');
     }
     orders

@@ -181,7 +181,7 @@ impl SessionConfig {
         if wanted > most {
             return Err(format!(
                 "session.max_vcpus or session.pool.vcpus is {wanted}: on the {} machine a VM has up to {most}",
-                crate::template::machine_name(machine)
+                machine.name()
             ));
         }
         Ok(())
@@ -232,6 +232,27 @@ mod tests {
                 memory_mib: 8192,
                 vcpus: 1
             }
+        );
+    }
+
+    #[test]
+    fn a_machine_says_how_many_vcpus_there_are() {
+        let fit = |max_vcpus, machine, processors| {
+            let mut config = SessionConfig {
+                max_vcpus,
+                ..SessionConfig::default()
+            };
+            config.fit_machine(machine, processors)?;
+            Ok::<u32, String>(config.shape(512, 8).vcpus)
+        };
+        assert_eq!(fit(0, MachineKind::Hvm, 4), Ok(4));
+        assert_eq!(fit(0, MachineKind::Hvm, 64), Ok(8));
+        assert_eq!(fit(2, MachineKind::Hvm, 1), Ok(2));
+        assert_eq!(fit(0, MachineKind::Pv, 64), Ok(1));
+        let refused = fit(2, MachineKind::Pv, 64).unwrap_err();
+        assert!(
+            refused.contains("pv machine") && refused.contains("up to 1"),
+            "{refused}"
         );
     }
 

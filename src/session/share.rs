@@ -62,28 +62,40 @@ impl Scale {
     }
 }
 
-/// Gives a worker's vCPU its weight. A worker that is gone needs none.
+/// Gives a worker's threads, one for each vCPU, their weight. A worker that is gone needs none.
 pub(super) fn give(pid: u32, vcpus: u32) {
     static SCALE: OnceLock<Scale> = OnceLock::new();
     let scale = *SCALE.get_or_init(Scale::probe);
     if scale == Scale::Up(0) && steps(vcpus) == 0 {
         return;
     }
-    let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) else {
+    let Ok(threads) = std::fs::read_dir(format!("/proc/{pid}/task")) else {
         return;
     };
-    match setpriority_process(Some(pid), scale.nice(vcpus)) {
-        Ok(()) | Err(Errno::SRCH) => {}
-        Err(error) => {
-            static TOLD: Once = Once::new();
-            TOLD.call_once(|| {
-                tracing::warn!(
-                    %error,
-                    "vcpu_count has no effect: workers run as another user, whose priority this process may not set;                      give it CAP_SYS_NICE"
-                );
-            });
+    let nice = scale.nice(vcpus);
+    for thread in threads.flatten() {
+        let id = thread.file_name().to_str().and_then(|id| id.parse().ok());
+        let Some(id) = id.and_then(Pid::from_raw) else {
+            continue;
+        };
+        match setpriority_process(Some(id), nice) {
+            Ok(()) | Err(Errno::SRCH) => continue,
+            Err(error) => tell(error),
         }
+        return;
     }
+}
+
+/// Once: it is the same for all workers.
+fn tell(error: Errno) {
+    static TOLD: Once = Once::new();
+    TOLD.call_once(|| {
+        tracing::warn!(
+            %error,
+            "vcpu_count has no effect: workers run as another user, whose priority this process may not set; \
+             give it CAP_SYS_NICE"
+        );
+    });
 }
 
 #[cfg(test)]

@@ -9,7 +9,6 @@ use thaw_vmm::machine::MachineKind;
 use crate::image::manifest::Part;
 use crate::layers::Digest;
 use crate::template::cpu::Cpu;
-use crate::template::machine_name;
 use crate::template::manifest::{Facts, SOURCES, read_json, write_json};
 
 /// Version of the manifest and of the directory's layout.
@@ -168,8 +167,8 @@ impl Manifest {
         if self.machine != ground.machine {
             bail!(
                 "it runs on machine {}, this server's is {}",
-                machine_name(self.machine),
-                machine_name(ground.machine)
+                self.machine.name(),
+                ground.machine.name()
             );
         }
         if self.image != ground.image {

@@ -61,14 +61,6 @@ pub struct Shape {
     pub machine: MachineKind,
 }
 
-/// A machine's name, as users write it.
-pub fn machine_name(machine: MachineKind) -> &'static str {
-    match machine {
-        MachineKind::Pv => "pv",
-        MachineKind::Hvm => "hvm",
-    }
-}
-
 /// A template that is ready to be restored from.
 #[derive(Debug)]
 pub struct Template {
@@ -259,7 +251,7 @@ impl Templates {
         if !(1..=most).contains(&vcpus) {
             bail!(
                 "a template with {vcpus} vCPUs was asked for; on the {} machine a VM has up to {most}",
-                machine_name(self.inner.machine)
+                self.inner.machine.name()
             );
         }
         Ok(Shape {
@@ -316,7 +308,7 @@ fn directory_name(image_digest: &str, shape: Shape) -> String {
         digits.get(..16).unwrap_or(digits),
         shape.memory_mib,
         shape.vcpus,
-        machine_name(shape.machine)
+        shape.machine.name()
     )
 }
 

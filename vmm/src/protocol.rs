@@ -51,7 +51,6 @@ pub struct Boot {
     /// Guest memory, MiB.
     pub memory_mib: u32,
     /// vCPUs.
-    #[serde(default = "one")]
     pub vcpus: u32,
     /// Kernel command line.
     pub cmdline: String,
@@ -60,10 +59,6 @@ pub struct Boot {
     /// Options of the machine.
     #[serde(default)]
     pub tuning: Tuning,
-}
-
-fn one() -> u32 {
-    1
 }
 
 /// Choices that a machine leaves open.

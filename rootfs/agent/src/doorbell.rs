@@ -12,19 +12,6 @@ use thaw_wire::layout::WIRE_VIRQ;
 
 use crate::sys::device;
 
-/// The bells of one kind of machine.
-pub trait Doorbell {
-    /// Readable when the host rang.
-    fn fd(&self) -> BorrowedFd<'_>;
-    /// Hushes the host's ring and arms the bell again.
-    ///
-    /// # Errors
-    /// The device's failure.
-    fn acknowledge(&mut self) -> io::Result<()>;
-    /// Rings at the host: a word as [`thaw_wire::layout`] defines it.
-    fn ring(&mut self, word: u32);
-}
-
 /// The machine that this kernel runs on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Machine {
@@ -75,17 +62,21 @@ impl Bells {
             Machine::Hvm => ParallelPort::open().map(Self::ParallelPort),
         }
     }
-}
 
-impl Doorbell for Bells {
-    fn fd(&self) -> BorrowedFd<'_> {
+    /// Readable when the host rang.
+    #[must_use]
+    pub fn fd(&self) -> BorrowedFd<'_> {
         match self {
             Self::Xen(xen) => xen.evtchn.as_fd(),
             Self::ParallelPort(port) => port.port.as_fd(),
         }
     }
 
-    fn acknowledge(&mut self) -> io::Result<()> {
+    /// Hushes the host's ring and arms the bell again.
+    ///
+    /// # Errors
+    /// The device's failure.
+    pub fn acknowledge(&mut self) -> io::Result<()> {
         match self {
             Self::Xen(xen) => xen.acknowledge(),
             // Whatever it counted: one look at the ring is for all of them.
@@ -95,7 +86,8 @@ impl Doorbell for Bells {
         }
     }
 
-    fn ring(&mut self, word: u32) {
+    /// Rings at the host: a word as [`thaw_wire::layout`] defines it.
+    pub fn ring(&self, word: u32) {
         device::ring_doorbell(word);
     }
 }

@@ -90,7 +90,7 @@ fn serve() -> Result<Infallible, Box<dyn Error>> {
 /// is what thaw is measured against.
 fn idle() -> Result<Infallible, Box<dyn Error>> {
     boot::bring_up()?;
-    say(boot::IDLE);
+    say(thaw_wire::layout::IDLE);
     loop {
         std::thread::park();
     }

@@ -7,7 +7,7 @@ use thaw_wire::frame::{Frame, HEADER};
 use thaw_wire::layout::{self, KICK, PAGE, RING_PAGES, offset};
 use thaw_wire::ring::{Consumer, Producer};
 
-use crate::doorbell::Doorbell;
+use crate::doorbell::Bells;
 use crate::link::{Link, LinkError};
 use crate::sys::pages::{Pages, RingEnd};
 
@@ -16,8 +16,8 @@ const ROOM_WORTH_A_KICK: usize = RING_PAGES * PAGE / 2;
 
 /// Rings and bells.
 #[derive(Debug)]
-pub struct Wire<D> {
-    doorbell: D,
+pub struct Wire {
+    bells: Bells,
     pages: &'static Pages,
     header: u32,
     outgoing: Producer<RingEnd>,
@@ -27,12 +27,12 @@ pub struct Wire<D> {
     taken: usize,
 }
 
-impl<D: Doorbell> Wire<D> {
+impl Wire {
     /// Allocates the pages and describes them in the header; no handshake yet.
     ///
     /// # Errors
     /// No pinned memory, or its frame numbers are hidden.
-    pub fn lay(doorbell: D) -> io::Result<Self> {
+    pub fn lay(bells: Bells) -> io::Result<Self> {
         // Lives as long as the guest, so it is leaked on purpose.
         let pages: &'static Pages = Box::leak(Box::new(Pages::map(1 + 2 * RING_PAGES)?));
         let frames = pages.frames()?;
@@ -50,7 +50,7 @@ impl<D: Doorbell> Wire<D> {
             .map_err(|_| io::Error::other("the header page lies too high"))?;
         let (outgoing, incoming) = ends(pages);
         Ok(Self {
-            doorbell,
+            bells,
             pages,
             header,
             outgoing,
@@ -81,9 +81,9 @@ fn ends(pages: &'static Pages) -> (Producer<RingEnd>, Consumer<RingEnd>) {
     (Producer::new(outgoing), Consumer::new(incoming))
 }
 
-impl<D: Doorbell> Link for Wire<D> {
+impl Link for Wire {
     fn fd(&self) -> BorrowedFd<'_> {
-        self.doorbell.fd()
+        self.bells.fd()
     }
 
     fn shake_hands(&mut self) -> Result<(), LinkError> {
@@ -96,7 +96,7 @@ impl<D: Doorbell> Link for Wire<D> {
             self.pages.store32(offset::TO_GUEST_HEAD, 0);
             (self.outgoing, self.incoming) = ends(self.pages);
             (self.sent, self.taken) = (false, 0);
-            self.doorbell.ring(self.header);
+            self.bells.ring(self.header);
             if self.check_generation().is_ok() {
                 return Ok(());
             }
@@ -108,7 +108,7 @@ impl<D: Doorbell> Link for Wire<D> {
     }
 
     fn acknowledge(&mut self) -> Result<(), LinkError> {
-        Ok(self.doorbell.acknowledge()?)
+        Ok(self.bells.acknowledge()?)
     }
 
     fn receive(&mut self) -> Result<Option<Frame>, LinkError> {
@@ -129,7 +129,7 @@ impl<D: Doorbell> Link for Wire<D> {
 
     fn flush(&mut self) -> Result<(), LinkError> {
         if self.sent || self.taken >= ROOM_WORTH_A_KICK {
-            self.doorbell.ring(KICK);
+            self.bells.ring(KICK);
             (self.sent, self.taken) = (false, 0);
         }
         Ok(())

@@ -18,6 +18,15 @@ pub const KICK: u32 = 0;
 /// reserved for architecture use (`VIRQ_ARCH_0` is 16), unused by Linux on x86.
 pub const WIRE_VIRQ: u32 = 20;
 
+/// First I/O port of the parallel port whose interrupt is how an `hvm` machine rings the agent, and its line: those of
+/// a PC's first one, which the kernel's driver asks for by these numbers.
+pub const BELL_PORT: u16 = 0x378;
+/// See [`BELL_PORT`].
+pub const BELL_LINE: u32 = 7;
+
+/// What the agent says on the console when it is up in a guest that is to do nothing (`--idle`).
+pub const IDLE: &str = "up and idle";
+
 /// First field of a valid header page (`THAWWIRE`).
 pub const MAGIC: u64 = u64::from_le_bytes(*b"THAWWIRE");
 

@@ -7,7 +7,6 @@ use serde_json::json;
 use super::super::table::{Table, human_bytes, human_date};
 use super::short;
 use crate::snapshots::{Catalog, Kind, Manifest};
-use crate::template::machine_name;
 
 fn seconds(snapshot: &Manifest) -> u64 {
     u64::try_from(snapshot.created_ms / 1000).unwrap_or(0)
@@ -17,7 +16,7 @@ fn summary(catalog: &Catalog, one: &Manifest) -> serde_json::Value {
     json!({
         "id": one.id, "name": one.name, "kind": one.kind, "tenant": one.tenant, "parent": one.parent,
         "vm_id": one.vm_id, "session_id": one.session_id, "created_at": seconds(one),
-        "image": one.image_name, "machine": machine_name(one.machine), "memory_mib": one.memory_mib,
+        "image": one.image_name, "machine": one.machine.name(), "memory_mib": one.memory_mib,
         "added_bytes": one.disk_bytes, "own_bytes": catalog.own_bytes(one), "chunks": one.memory.chunks.len(),
     })
 }
@@ -74,7 +73,7 @@ pub(super) fn inspect(catalog: &Catalog, one: &Manifest, as_json: bool) {
         ("VM", one.vm_id.clone()),
         ("session", one.session_id.clone()),
         ("image", format!("{} ({})", one.image_name, one.image)),
-        ("machine", machine_name(one.machine).to_owned()),
+        ("machine", one.machine.name().to_owned()),
         ("memory", format!("{} MiB", one.memory_mib)),
         ("base", one.memory.base.clone()),
         ("chunks", one.memory.chunks.len().to_string()),

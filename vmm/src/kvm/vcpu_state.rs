@@ -110,12 +110,11 @@ const GIVE: [Part; 11] = [
 ];
 
 impl VcpuState {
-    /// Takes a vCPU's state. `msrs` is KVM's own list; `xsave_bytes` the size that KVM gives.
+    /// Takes the state of a vCPU that is settled. `msrs` is KVM's own list; `xsave_bytes` the size that KVM gives.
     ///
     /// # Errors
     /// An ioctl fails.
-    pub fn take(vcpu: &mut Vcpu, msrs: &[u32], xsave_bytes: usize) -> Result<Self, KvmError> {
-        vcpu.settle()?;
+    pub fn take(vcpu: &Vcpu, msrs: &[u32], xsave_bytes: usize) -> Result<Self, KvmError> {
         Self::take_in(&TAKE, vcpu, msrs, xsave_bytes)
     }
 

@@ -35,6 +35,15 @@ pub enum MachineKind {
 }
 
 impl MachineKind {
+    /// Its name, as users write it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Pv => "pv",
+            Self::Hvm => "hvm",
+        }
+    }
+
     /// The kernel command line that this machine wants; more may be appended.
     #[must_use]
     pub fn cmdline(self) -> &'static str {
@@ -80,8 +89,9 @@ pub struct BootConfig<'a> {
 pub fn boot(kind: MachineKind, config: &BootConfig<'_>) -> anyhow::Result<Box<dyn Machine>> {
     anyhow::ensure!(
         (1..=kind.max_vcpus()).contains(&config.vcpus),
-        "a VM with {} vCPUs was asked for; on this host's {kind:?} machine it can have up to {}",
+        "a VM with {} vCPUs was asked for; on the {} machine it can have up to {}",
         config.vcpus,
+        kind.name(),
         kind.max_vcpus()
     );
     Ok(match kind {

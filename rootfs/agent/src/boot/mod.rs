@@ -38,9 +38,6 @@ impl<T, E: Into<io::Error>> Step<T> for Result<T, E> {
     }
 }
 
-/// What an idle guest says on its console when it is up.
-pub const IDLE: &str = "up and idle";
-
 /// Where control groups are mounted.
 pub const CGROUPS: &str = "/sys/fs/cgroup";
 

@@ -6,9 +6,10 @@
 //! the port if two of its registers keep what is written to them.
 
 use serde::{Deserialize, Serialize};
+use thaw_wire::layout::BELL_PORT;
 
 /// First of its ports: data, status, control.
-pub(super) const FIRST: u16 = 0x378;
+pub(super) const FIRST: u16 = BELL_PORT;
 pub(super) const LAST: u16 = FIRST + 2;
 
 /// Status as the driver reads it: not busy, no error, and the time-out bit of EPP stuck, so that it looks for no EPP.

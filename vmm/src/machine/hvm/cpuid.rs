@@ -71,12 +71,11 @@ fn with_bit(word: u32, bit: u32, set: bool) -> u32 {
     word & !(1 << bit) | u32::from(set) << bit
 }
 
-/// Whether a guest that was shown `saved` can go on where KVM supports `here`.
+/// Whether a guest that was shown `saved` can go on where a new one would be shown `here`.
 ///
 /// # Errors
 /// What is missing.
-pub(super) fn check(saved: &[kvm_cpuid_entry2], here: &CpuId) -> anyhow::Result<()> {
-    let here = of_vcpu(here, 0, 1);
+pub(super) fn check(saved: &[kvm_cpuid_entry2], here: &[kvm_cpuid_entry2]) -> anyhow::Result<()> {
     let find = |leaves: &[kvm_cpuid_entry2], function, index| {
         leaves
             .iter()
@@ -89,11 +88,11 @@ pub(super) fn check(saved: &[kvm_cpuid_entry2], here: &CpuId) -> anyhow::Result<
         let name = [leaf.ebx, leaf.edx, leaf.ecx].map(u32::to_le_bytes);
         String::from_utf8_lossy(name.as_flattened()).into_owned()
     };
-    if vendor(saved) != vendor(&here) {
+    if vendor(saved) != vendor(here) {
         bail!(
             "the VM was saved on a processor by {:?}, this host's is by {:?}: build the template on this host",
             vendor(saved),
-            vendor(&here)
+            vendor(here)
         );
     }
     for (function, index, register) in FEATURES {
@@ -108,7 +107,7 @@ pub(super) fn check(saved: &[kvm_cpuid_entry2], here: &CpuId) -> anyhow::Result<
             (7, 2) => 1 << 4,
             _ => 0,
         };
-        let missing = word(saved) & !word(&here) & !ignored;
+        let missing = word(saved) & !word(here) & !ignored;
         if missing != 0 {
             bail!(
                 "the VM was saved where processors have features that this host lacks (CPUID leaf {function:#x}, {}: bits {missing:#x}): build the template on this host",
@@ -131,19 +130,20 @@ mod tests {
         let first = leaves.iter().find(|leaf| leaf.function == 1).unwrap();
         assert_eq!(first.ebx >> 24, 3);
         assert_eq!(first.ecx & LEAF1_ECX_ADDED, LEAF1_ECX_ADDED);
-        check(&leaves, &supported).unwrap();
+        check(&leaves, &of_vcpu(&supported, 0, 1)).unwrap();
     }
 
     #[test]
     fn a_lesser_or_foreign_host_is_refused_with_the_reason() {
         let supported = Host::open().unwrap().supported_cpuid().unwrap();
-        let mut saved = of_vcpu(&supported, 0, 1);
+        let here = of_vcpu(&supported, 0, 1);
+        let mut saved = here.clone();
         let leaf = saved.iter_mut().find(|leaf| leaf.function == 1).unwrap();
         leaf.ecx |= 1 << 2 | 1 << 5;
-        let error = check(&saved, &supported).unwrap_err().to_string();
+        let error = check(&saved, &here).unwrap_err().to_string();
         assert!(error.contains("leaf 0x1, ecx: bits 0x24"), "{error}");
         saved[0].ebx ^= 1;
-        let error = check(&saved, &supported).unwrap_err().to_string();
+        let error = check(&saved, &here).unwrap_err().to_string();
         assert!(error.contains("a processor by"), "{error}");
     }
 }

@@ -5,7 +5,7 @@ use std::io::Write;
 
 use anyhow::Context;
 use serde::{Deserialize, Serialize};
-use thaw_wire::layout::DOORBELL_PORT;
+use thaw_wire::layout::{BELL_LINE, DOORBELL_PORT};
 use vm_superio::serial::{NoEvents, SerialState};
 use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -19,8 +19,6 @@ use crate::machine::console::Console;
 const UART: u16 = 0x3f8;
 const UART_LAST: u16 = UART + 7;
 const UART_LINE: u32 = 4;
-/// The parallel port's interrupt line.
-const BELL_LINE: u32 = 7;
 /// Commands of the keyboard controller, of which one remains: the reset line.
 const KEYBOARD: u16 = 0x64;
 const RESET: u32 = 0xfe;
@@ -264,5 +262,21 @@ mod tests {
         assert_eq!(devices.port_written(0x64, 0xfe), Asked::Reset);
         assert_eq!(devices.port_written(DOORBELL_PORT, 9), Asked::Doorbell(9));
         assert_eq!(devices.port_read(0x71), 0xff);
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn any_use_of_ports_and_memory_is_borne(uses: Vec<(u8, u16, u32)>) {
+            let mut devices = Devices::new(SavedDevices::default()).unwrap();
+            for (which, at, value) in uses {
+                let near = [UART, bell::FIRST, KEYBOARD, at][usize::from(which) % 4].wrapping_add(at % 8);
+                devices.port_written(near, value);
+                devices.port_read(near);
+                let address = 0xfec0_0000 + u64::from(at) % 0x200;
+                devices.memory_written(address, value);
+                devices.memory_read(address);
+            }
+            devices.save();
+        }
     }
 }

@@ -67,7 +67,8 @@ pub struct HvmMachine {
     others: Others,
     vcpu: Vcpu,
     shared: Arc<Shared>,
-    host: HostFacts,
+    /// Kept open for what saving asks of it.
+    host: Host,
     memory_mib: u32,
     counts: Counts,
     /// When the guest last printed something, unless that is too long ago to matter.
@@ -81,13 +82,6 @@ struct Shared {
     vm: ApicVm,
     devices: Mutex<Devices>,
     crew: Crew,
-}
-
-/// What saving needs to know about KVM.
-#[derive(Debug)]
-struct HostFacts {
-    msrs: Vec<u32>,
-    xsave_bytes: usize,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -125,7 +119,7 @@ pub fn boot(config: &BootConfig<'_>) -> anyhow::Result<HvmMachine> {
         vcpu.set_msrs(&FIRST_MSRS)?;
     }
     set_first_registers(&mut vcpus[0], entry)?;
-    HvmMachine::new(&host, vm, vcpus, config.memory_mib, SavedDevices::default())
+    HvmMachine::new(host, vm, vcpus, config.memory_mib, SavedDevices::default())
 }
 
 fn set_first_registers(vcpu: &mut Vcpu, entry: u64) -> anyhow::Result<()> {
@@ -168,9 +162,9 @@ pub fn restore(state: &[u8], memory: &FrozenMemory) -> anyhow::Result<HvmMachine
     // stamp counter before the counter; the clock before any vCPU runs, and word of the pause last, when it counts.
     let (saved, layout) = state::decode(state)?;
     let host = Host::open()?;
-    let supported = host.supported_cpuid()?;
+    let here = cpuid::of_vcpu(&host.supported_cpuid()?, 0, 1);
     for vcpu in &saved.vcpus {
-        cpuid::check(&vcpu.cpuid, &supported)?;
+        cpuid::check(&vcpu.cpuid, &here)?;
     }
     let memory = Arc::new(memory.view(layout.size)?);
     let (vm, mut vcpus) = host.create_apic_vm(memory, u32::try_from(saved.vcpus.len())?)?;
@@ -184,7 +178,7 @@ pub fn restore(state: &[u8], memory: &FrozenMemory) -> anyhow::Result<HvmMachine
     for vcpu in &vcpus {
         vcpu.announce_pause()?;
     }
-    HvmMachine::new(&host, vm, vcpus, saved.memory_mib, saved.devices)
+    HvmMachine::new(host, vm, vcpus, saved.memory_mib, saved.devices)
 }
 
 fn set_rate(host: &Host, vcpu: &Vcpu, saved_khz: u32) -> anyhow::Result<()> {
@@ -201,7 +195,7 @@ fn set_rate(host: &Host, vcpu: &Vcpu, saved_khz: u32) -> anyhow::Result<()> {
 
 impl HvmMachine {
     fn new(
-        host: &Host,
+        host: Host,
         vm: ApicVm,
         mut vcpus: Vec<Vcpu>,
         memory_mib: u32,
@@ -220,10 +214,7 @@ impl HvmMachine {
             others: Others::new(&shared, others)?,
             vcpu: vcpus.pop().context("a VM without vCPUs")?,
             shared,
-            host: HostFacts {
-                msrs: host.msr_list()?.as_slice().to_vec(),
-                xsave_bytes: host.xsave_bytes(),
-            },
+            host,
             memory_mib,
             counts: Counts::default(),
             printed: None,
@@ -362,12 +353,13 @@ impl Machine for HvmMachine {
 
     fn save(&mut self) -> anyhow::Result<Vec<u8>> {
         self.others.pause();
-        let HostFacts { msrs, xsave_bytes } = &self.host;
-        let first = VcpuState::take(&mut self.vcpu, msrs, *xsave_bytes)?;
+        self.vcpu.settle()?;
+        let (msrs, xsave_bytes) = (self.host.msr_list()?, self.host.xsave_bytes());
+        let first = VcpuState::take(&self.vcpu, msrs.as_slice(), xsave_bytes)?;
         let tsc = first.msr(MSR_TSC);
         let mut states = vec![first];
-        for mut vcpu in self.others.vcpus() {
-            let mut state = VcpuState::take(&mut vcpu, msrs, *xsave_bytes)?;
+        for vcpu in self.others.vcpus() {
+            let mut state = VcpuState::take(&vcpu, msrs.as_slice(), xsave_bytes)?;
             // They counted as one. Read one after the other they differ, and would count apart after a restore.
             for (index, value) in &mut state.msrs {
                 if let (MSR_TSC, Some(tsc)) = (*index, tsc) {

@@ -152,22 +152,22 @@ impl Others {
         let mut mask = SigSet::all();
         mask.remove(Signal::SIGUSR1);
         let before = mask.thread_swap_mask(SigmaskHow::SIG_SETMASK)?;
-        for (index, vcpu) in (1..).zip(&others.vcpus) {
-            let (shared, vcpu) = (shared.clone(), vcpu.clone());
-            let thread = std::thread::Builder::new()
-                .name(format!("vcpu{index}"))
-                .spawn(move || live(&shared, &vcpu));
-            match thread {
-                Ok(thread) => others.threads.push(thread),
-                Err(error) => {
-                    before.thread_set_mask()?;
-                    return Err(error).context("starting a vCPU's thread");
-                }
-            }
-        }
+        let started = others.start();
         before.thread_set_mask()?;
+        started.context("starting a vCPU's thread")?;
         others.wait_until(|pace| pace.arrived == others.threads.len());
         Ok(others)
+    }
+
+    fn start(&mut self) -> std::io::Result<()> {
+        for (index, vcpu) in (1..).zip(&self.vcpus) {
+            let (shared, vcpu) = (self.shared.clone(), vcpu.clone());
+            let thread = std::thread::Builder::new()
+                .name(format!("vcpu{index}"))
+                .spawn(move || live(&shared, &vcpu))?;
+            self.threads.push(thread);
+        }
+        Ok(())
     }
 
     fn wait_until(&self, come: impl Fn(&Pace) -> bool) {
@@ -202,7 +202,7 @@ impl Others {
         self.wait_until(|pace| pace.running == 0);
     }
 
-    /// The vCPUs; they must be at rest, else this waits for as long as they run.
+    /// The vCPUs, settled; they must be at rest, else this waits for as long as they run.
     pub(super) fn vcpus(&self) -> impl Iterator<Item = MutexGuard<'_, Vcpu>> {
         self.vcpus.iter().map(|vcpu| lock(vcpu))
     }
@@ -261,5 +261,12 @@ fn run(shared: &Shared, vcpu: &mut Vcpu) -> bool {
         shared.crew.post(exit);
         return true;
     }
-    false
+    // Here and not where it is saved: a vCPU that changes threads makes KVM wait for all processors.
+    match vcpu.settle() {
+        Ok(()) => false,
+        Err(error) => {
+            shared.crew.post(Exit::Crashed(format!("{error:#}")));
+            true
+        }
+    }
 }

@@ -45,7 +45,6 @@ use time::Clock;
 
 pub use layout::MEMORY_MIB;
 pub use setup::{CMDLINE, boot, restore};
-pub use state::MAX_STATE;
 
 /// One VM. Fields are dropped in this order: the timer first, so that it fires at nothing.
 #[derive(Debug)]

@@ -12,7 +12,7 @@ use crate::machine::blob::Format;
 use crate::machine::probe::SyscallPath;
 
 /// Longest blob that is decoded: a state is about 10 KiB, nearly all of it processor state.
-pub const MAX_STATE: usize = 256 << 10;
+const MAX_STATE: usize = 256 << 10;
 /// The version is that of [`Saved`], and of the area's layout and the shim's code, which lie in the saved memory.
 const FORMAT: Format = Format {
     magic: *b"thaw pv\0",
