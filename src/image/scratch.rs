@@ -2,7 +2,9 @@
 //!
 //! A build works in `tmp/build-<random>/` below the data directory and holds a lock on the
 //! directory's `lock` file. It is removed when the build ends, however it ends; should the
-//! process be killed outright, the lock dies with it and the next build removes the directory.
+//! process be killed outright, the lock dies with it, and the next build or [`sweep`] removes the
+//! directory. Making and sweeping take turns by a lock on `tmp` itself: none finds a directory
+//! that is not locked yet.
 
 use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
@@ -29,24 +31,16 @@ impl Scratch {
         let tmp = data_dir.join("tmp");
         std::fs::create_dir_all(&tmp)
             .with_context(|| format!("cannot make {}; choose another --data-dir", tmp.display()))?;
+        let _turn = turn(&tmp)?;
         remove_dead(&tmp)?;
-        // Locked before it gets the name that others look for, so none takes it for dead.
         let made = tempfile::Builder::new()
-            .prefix("new-")
+            .prefix(PREFIX)
             .tempdir_in(&tmp)
             .with_context(|| format!("cannot write below {}", tmp.display()))?;
         let lock = File::create(made.path().join(LOCK)).context("cannot make a lock file")?;
         lock.try_lock().context("cannot lock a new file")?;
-        let suffix = made
-            .path()
-            .file_name()
-            .and_then(|name| name.to_str())
-            .and_then(|name| name.strip_prefix("new-"))
-            .context("a temporary directory has an odd name")?;
-        let path = tmp.join(format!("{PREFIX}{suffix}"));
-        std::fs::rename(made.path(), &path).context("cannot rename a temporary directory")?;
         // Ownership of the directory passes from `made` to the scratch.
-        let _old_name = made.keep();
+        let path = made.keep();
         Ok(Self { path, _lock: lock })
     }
 
@@ -62,6 +56,26 @@ impl Drop for Scratch {
             tracing::warn!("cannot remove {}: {error:#}", self.path.display());
         }
     }
+}
+
+/// Removes what builds that were killed have left below the data directory.
+///
+/// # Errors
+/// The data directory cannot be read.
+pub fn sweep(data_dir: &Path) -> anyhow::Result<()> {
+    let tmp = data_dir.join("tmp");
+    if !tmp.exists() {
+        return Ok(());
+    }
+    let _turn = turn(&tmp)?;
+    remove_dead(&tmp)
+}
+
+fn turn(tmp: &Path) -> anyhow::Result<File> {
+    let dir = File::open(tmp).with_context(|| format!("cannot open {}", tmp.display()))?;
+    dir.lock()
+        .with_context(|| format!("cannot lock {}", tmp.display()))?;
+    Ok(dir)
 }
 
 /// Removes the directories of builds that no longer run.
@@ -150,10 +164,14 @@ mod tests {
         }
         std::fs::write(tmp.join("build-dead/lock"), b"").unwrap();
         std::fs::create_dir(tmp.join("not-ours")).unwrap();
+        let gone = || !tmp.join("build-dead").exists() && !tmp.join("build-without-lock").exists();
+        assert!(!gone());
         let second = Scratch::new(data.path()).unwrap();
-        assert!(living.path().exists() && second.path().exists());
+        assert!(gone());
+        std::fs::create_dir(tmp.join("build-dead")).unwrap();
+        sweep(data.path()).unwrap();
+        assert!(gone() && living.path().exists() && second.path().exists());
         assert!(tmp.join("not-ours").exists());
-        assert!(!tmp.join("build-dead").exists() && !tmp.join("build-without-lock").exists());
     }
 
     #[test]

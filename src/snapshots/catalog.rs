@@ -12,6 +12,7 @@ use super::files::{directories, manifest_in, named, open};
 use super::manifest::{MAP, Manifest};
 use super::{archive, snapshots_dir};
 use crate::image::manifest::Part;
+use crate::image::scratch;
 use crate::layers::{Damage, Layers, PAGE, Shelf, Swept};
 use crate::template::manifest::STATE;
 
@@ -286,6 +287,9 @@ impl Catalog {
     /// # Errors
     /// The directories cannot be read.
     pub fn sweep(&self, dry_run: bool) -> anyhow::Result<Option<Swept>> {
+        if let Some(data_dir) = self.dir.parent().filter(|_| !dry_run) {
+            scratch::sweep(data_dir)?;
+        }
         let mut swept = archive::sweep(&self.dir, dry_run)?;
         let chunks = self.shelf.sweep(dry_run, || named(&self.dir))?;
         Ok(chunks.map(|chunks| {

@@ -7,9 +7,10 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use thaw_vmm::snapshot::PageMap;
 
-use super::archive;
 use super::manifest::{Ground, MAP, Manifest};
+use super::{archive, snapshots_dir};
 use crate::image::manifest::Part;
+use crate::image::scratch;
 use crate::layers::{Layers, PAGE, Shelf};
 use crate::template::manifest::{FILE, STATE, read_json};
 
@@ -111,11 +112,15 @@ pub(super) fn named(snapshots: &Path) -> anyhow::Result<HashSet<String>> {
 
 /// Removes what no snapshot on the disk names. Nothing depends on it: what cannot be removed now is for the next time,
 /// and nothing is while it cannot be known what is needed. `false`: the shelf was held.
-pub(super) fn sweep(shelf: &Shelf, snapshots: &Path) -> bool {
-    if let Err(error) = archive::sweep(snapshots, false) {
+pub(super) fn sweep(shelf: &Shelf, data_dir: &Path) -> bool {
+    if let Err(error) = scratch::sweep(data_dir) {
+        tracing::warn!("what killed processes have left is still there: {error:#}");
+    }
+    let snapshots = snapshots_dir(data_dir);
+    if let Err(error) = archive::sweep(&snapshots, false) {
         tracing::warn!("what imports have left is still there: {error:#}");
     }
-    match shelf.sweep(false, || named(snapshots)) {
+    match shelf.sweep(false, || named(&snapshots)) {
         Ok(Some(swept)) if swept.files > 0 => tracing::info!(
             files = swept.files,
             bytes = swept.bytes,

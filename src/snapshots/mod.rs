@@ -123,7 +123,7 @@ impl Snapshots {
             leaving: Mutex::default(),
             dirty: Notify::new(),
         };
-        if !sweep(&snapshots.shelf, &dir) {
+        if !sweep(&snapshots.shelf, data_dir) {
             snapshots.sweep_soon();
         }
         Ok(snapshots)
@@ -168,8 +168,8 @@ impl Snapshots {
     /// Removes chunks that no snapshot names, off the runtime's threads. `false`: something is being added just now, so
     /// this is for another time.
     async fn sweep_now(&self) -> bool {
-        let (shelf, dir) = (self.shelf.clone(), snapshots_dir(&self.data_dir));
-        match blocking(move || Ok(sweep(&shelf, &dir))).await {
+        let (shelf, data_dir) = (self.shelf.clone(), self.data_dir.clone());
+        match blocking(move || Ok(sweep(&shelf, &data_dir))).await {
             Ok(done) => done,
             Err(error) => {
                 tracing::warn!("chunks that nothing needs are still there: {error:#}");
