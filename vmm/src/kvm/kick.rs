@@ -26,8 +26,13 @@ extern "C" fn on_signal(_signal: i32) {
 
 /// Makes [`SIGNAL`] interrupt this vCPU when this thread runs it, and installs the handler.
 pub fn attach(handle: InterruptHandle) {
-    static INSTALL: Once = Once::new();
     FLAG.set(handle.into_raw());
+    install();
+}
+
+/// Installs the handler. Until somebody has done that the signal ends the process.
+pub fn install() {
+    static INSTALL: Once = Once::new();
     INSTALL.call_once(|| {
         // SAFETY: an all-zero sigaction is valid (empty mask, no flags).
         let mut action: libc::sigaction = unsafe { zeroed() };

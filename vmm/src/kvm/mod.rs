@@ -1,7 +1,7 @@
 //! Every use of KVM's ioctls, in one place.
 //!
-//! [`Host`] is the open `/dev/kvm`; [`Vm`] is one virtual machine with one memory slot and one
-//! vCPU, whose registers are read and written through the page shared with KVM
+//! [`Host`] is the open `/dev/kvm`; [`Vm`] is one virtual machine with one memory slot and its
+//! vCPUs, whose registers are read and written through the page shared with KVM
 //! (`KVM_CAP_SYNC_REGS`): an ioctl for them costs ten times as much on a software KVM.
 //!
 //! A [`Vm`] has no interrupt controller: the `pv` machine needs none, and creating one makes
@@ -96,18 +96,24 @@ impl Host {
             .map_err(failed("KVM_GET_SUPPORTED_CPUID"))
     }
 
-    /// Makes a VM with one memory slot (guest-physical 0 onwards) and one vCPU.
+    /// Makes a VM with one memory slot (guest-physical 0 onwards) and so many vCPUs.
     ///
     /// # Errors
     /// An ioctl fails.
-    pub fn create_vm(&self, memory: Arc<GuestMemory>) -> Result<Vm, KvmError> {
+    pub fn create_vm(
+        &self,
+        memory: Arc<GuestMemory>,
+        vcpus: u32,
+    ) -> Result<(Vm, Vec<Vcpu>), KvmError> {
         let vm = self.kvm.create_vm().map_err(failed("KVM_CREATE_VM"))?;
         map(&vm, &memory, 0, 0..memory.size())?;
-        let vcpu = Vcpu::new(
-            vm.create_vcpu(0).map_err(failed("KVM_CREATE_VCPU"))?,
-            memory.clone(),
-        );
-        Ok(Vm { vcpu, vm, memory })
+        let vcpus = (0..u64::from(vcpus))
+            .map(|index| {
+                let fd = vm.create_vcpu(index).map_err(failed("KVM_CREATE_VCPU"))?;
+                Ok(Vcpu::new(fd, memory.clone()))
+            })
+            .collect::<Result<_, KvmError>>()?;
+        Ok((Vm { vm, memory }, vcpus))
     }
 }
 
@@ -131,9 +137,7 @@ fn map(vm: &VmFd, memory: &GuestMemory, slot: u32, range: Range<u64>) -> Result<
 /// One virtual machine. Fields are in the order in which they must be dropped.
 #[derive(Debug)]
 pub struct Vm {
-    /// Its only vCPU.
-    pub vcpu: Vcpu,
-    #[expect(dead_code, reason = "held open until the vCPU is closed")]
+    #[expect(dead_code, reason = "held open until the vCPUs are closed")]
     vm: VmFd,
     memory: Arc<GuestMemory>,
 }

@@ -3,12 +3,17 @@
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
+use std::time::Duration;
 
 use kvm_bindings::{
     KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_IO_IN, KVM_EXIT_MMIO, KVM_SYNC_X86_EVENTS, KVM_SYNC_X86_REGS,
     KVM_SYNC_X86_SREGS, kvm_regs, kvm_run, kvm_sregs, kvm_vcpu_events,
 };
 use kvm_ioctls::{VcpuExit, VcpuFd};
+use nix::errno::Errno;
+use nix::poll::ppoll;
+use nix::sys::signal::{SigSet, SigmaskHow};
+use nix::sys::time::TimeSpec;
 
 use super::{KvmError, failed};
 use crate::memory::GuestMemory;
@@ -205,6 +210,27 @@ impl Vcpu {
                 what: "KVM_RUN with immediate exit",
                 source: std::io::Error::other(format!("{other:?}")),
             }),
+        }
+    }
+
+    /// Waits where a halted guest would: until a signal, or for so long. Not at all if a signal arrived since
+    /// [`Self::run`] or this last told of one.
+    ///
+    /// # Errors
+    /// The kernel's refusal.
+    pub fn wait(&mut self, timeout: Option<Duration>) -> std::io::Result<()> {
+        // Blocked from before the look at the flag until the kernel sleeps, so that none comes in between.
+        let before = SigSet::all().thread_swap_mask(SigmaskHow::SIG_SETMASK)?;
+        let woken = if self.flag().load(Ordering::Relaxed) == 0 {
+            ppoll(&mut [], timeout.map(TimeSpec::from), Some(before))
+        } else {
+            Ok(0)
+        };
+        before.thread_set_mask()?;
+        self.flag().store(0, Ordering::Relaxed);
+        match woken {
+            Ok(_) | Err(Errno::EINTR) => Ok(()),
+            Err(errno) => Err(errno.into()),
         }
     }
 

@@ -6,6 +6,7 @@
 
 mod blob;
 mod console;
+mod crew;
 mod elf;
 pub mod hvm;
 pub mod probe;
@@ -57,7 +58,7 @@ impl MachineKind {
     #[must_use]
     pub fn max_vcpus(self) -> u32 {
         match self {
-            Self::Pv => 1,
+            Self::Pv => pv::MAX_VCPUS,
             Self::Hvm => hvm::MAX_VCPUS,
         }
     }
@@ -155,8 +156,8 @@ pub trait Machine: std::fmt::Debug {
     /// # Errors
     /// KVM refused to say, or the guest is at a point that cannot be saved (run it on and retry).
     fn save(&mut self) -> anyhow::Result<Vec<u8>>;
-    /// Whether [`Self::save`] works wherever the guest stopped, not only when it is idle.
-    fn saves_anywhere(&self) -> bool;
+    /// Whether [`Self::save`] is sure to work where the guest stopped just now. (It is, too, after [`Exit::Idle`].)
+    fn is_well_placed(&self) -> bool;
     /// Console bytes since the last call; the machine bounds what it keeps between calls.
     fn take_console(&mut self) -> Vec<u8>;
     /// What makes [`Self::run`] come back with [`Exit::Interrupted`], from a signal handler.

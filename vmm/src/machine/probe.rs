@@ -6,12 +6,12 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::bail;
+use anyhow::{Context, bail};
 use kvm_bindings::kvm_segment;
 use serde::{Deserialize, Serialize};
 
 use super::MachineKind;
-use crate::kvm::{Host, Stop, Vm};
+use crate::kvm::{Host, Stop, Vcpu, Vm};
 use crate::memory::GuestMemory;
 
 /// Where the guest lands when it executes SYSCALL at CPL3.
@@ -116,7 +116,12 @@ const STACK: u64 = 0xb000;
 const SIZE: u64 = 2 << 20;
 const PORT: u16 = 0xf1;
 
-fn tiny_vm(host: &Host) -> anyhow::Result<(Vm, u32)> {
+struct TinyVm {
+    vcpu: Vcpu,
+    vm: Vm,
+}
+
+fn tiny_vm(host: &Host) -> anyhow::Result<(TinyVm, u32)> {
     let memory = Arc::new(GuestMemory::anonymous(SIZE)?);
     memory.write_u64(PML4, PDPT | 7)?;
     memory.write_u64(PDPT, DIRECTORY | 7)?;
@@ -131,7 +136,9 @@ fn tiny_vm(host: &Host) -> anyhow::Result<(Vm, u32)> {
     }
     // The I/O bitmap follows the TSS: zeroes, everything is permitted.
     memory.write(TSS + 0x66, &0x68_u16.to_le_bytes())?;
-    let mut vm = host.create_vm(memory)?;
+    let (vm, mut vcpus) = host.create_vm(memory, 1)?;
+    let vcpu = vcpus.pop().context("a VM without a vCPU")?;
+    let mut vm = TinyVm { vcpu, vm };
     let tsc_khz = vm.vcpu.tsc_khz()?;
     vm.vcpu.fetch()?;
     let sregs = vm.vcpu.sregs_mut();
@@ -149,7 +156,7 @@ fn tiny_vm(host: &Host) -> anyhow::Result<(Vm, u32)> {
     Ok((vm, tsc_khz))
 }
 
-fn set_level(vm: &mut Vm, level: u8) {
+fn set_level(vm: &mut TinyVm, level: u8) {
     let flat = kvm_segment {
         limit: 0xffff_ffff,
         present: 1,
@@ -181,7 +188,7 @@ fn set_level(vm: &mut Vm, level: u8) {
 }
 
 /// Runs to the next write to [`PORT`].
-fn run_to_port(vm: &mut Vm) -> anyhow::Result<()> {
+fn run_to_port(vm: &mut TinyVm) -> anyhow::Result<()> {
     // Signals may interrupt the guest, a bounded number of them.
     for _ in 0..1000 {
         match vm.vcpu.run()? {
@@ -193,7 +200,7 @@ fn run_to_port(vm: &mut Vm) -> anyhow::Result<()> {
     bail!("KVM does not run guest code: it is interrupted all the time")
 }
 
-fn time_cpl0(vm: &mut Vm) -> anyhow::Result<f64> {
+fn time_cpl0(vm: &mut TinyVm) -> anyhow::Result<f64> {
     // A busy host may stop the guest at any moment. That makes a loop slower, never faster: the best of several tries
     // is the truest.
     let (mut empty, mut looped) = (Duration::MAX, Duration::MAX);
@@ -215,13 +222,13 @@ fn per_instruction(empty: Duration, looped: Duration) -> f64 {
 }
 
 /// How long the way to the VMM and back takes, and how long with the loop on it.
-fn time_rounds(vm: &mut Vm) -> anyhow::Result<(Duration, Duration)> {
+fn time_rounds(vm: &mut TinyVm) -> anyhow::Result<(Duration, Duration)> {
     vm.vcpu.settle()?;
     // out; out; mov ecx, rounds; 1: dec ecx; jnz 1b; out
     let mut code = vec![0xe6, PORT as u8, 0xe6, PORT as u8, 0xb9];
     code.extend(ROUNDS.to_le_bytes());
     code.extend([0xff, 0xc9, 0x75, 0xfc, 0xe6, PORT as u8, 0xf4]);
-    vm.memory().write(CODE, &code)?;
+    vm.vm.memory().write(CODE, &code)?;
     set_level(vm, 0);
     run_to_port(vm)?;
     let start = Instant::now();
@@ -233,9 +240,10 @@ fn time_rounds(vm: &mut Vm) -> anyhow::Result<(Duration, Duration)> {
 }
 
 /// The privilege level at which SYSCALL's target runs.
-fn syscall_lands_at(vm: &mut Vm) -> anyhow::Result<u16> {
-    vm.memory().write(CODE, &[0x0f, 0x05])?;
-    vm.memory()
+fn syscall_lands_at(vm: &mut TinyVm) -> anyhow::Result<u16> {
+    vm.vm.memory().write(CODE, &[0x0f, 0x05])?;
+    vm.vm
+        .memory()
         .write(SYSCALL_TARGET, &[0xe6, PORT as u8, 0xf4])?;
     vm.vcpu.settle()?;
     vm.vcpu.set_msrs(&[
@@ -281,7 +289,7 @@ mod tests {
     #[test]
     fn a_kick_ends_a_spinning_guest_and_is_never_lost() {
         let (mut vm, _) = tiny_vm(&Host::open().unwrap()).unwrap();
-        vm.memory().write(CODE, &[0xeb, 0xfe]).unwrap();
+        vm.vm.memory().write(CODE, &[0xeb, 0xfe]).unwrap();
         set_level(&mut vm, 3);
         let handle = vm.vcpu.interrupt_handle();
         kick::attach(handle);

@@ -220,7 +220,7 @@ impl Worker {
         let late = now >= saving.until;
         // A halted guest is always at a good point. Another may be: try that only when time runs short.
         let hurry = saving.until.saturating_duration_since(now) < SAVE_PATIENCE / 2;
-        if !vm.is_halted() && !vm.machine.saves_anywhere() && !hurry {
+        if !vm.is_halted() && !vm.machine.is_well_placed() && !hurry {
             vm.saving = Some(saving);
             return Ok(());
         }

@@ -23,6 +23,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 
+use super::crew::{Crew, Others, lock};
 use super::{BootConfig, Exit, Machine, MachineKind};
 use crate::kvm::apic::ApicVm;
 use crate::kvm::kick::{self, KickTimer};
@@ -33,7 +34,7 @@ use crate::snapshot::FrozenMemory;
 use devices::{Asked, Devices, SavedDevices};
 use layout::Layout;
 use state::Saved;
-use vcpus::{Crew, Others, lock};
+use vcpus::OtherVcpu;
 
 /// Most vCPUs of a VM: what the API's largest `vcpu_count` is.
 pub const MAX_VCPUS: u32 = 8;
@@ -64,8 +65,9 @@ const FIRST_MSRS: [(u32, u64); 2] = [(0x1a0, 1), (0x2ff, 0x806)];
 #[derive(Debug)]
 pub struct HvmMachine {
     timer: KickTimer,
-    others: Others,
+    others: Others<OtherVcpu>,
     vcpu: Vcpu,
+    crew: Arc<Crew>,
     shared: Arc<Shared>,
     /// Kept open for what saving asks of it.
     host: Host,
@@ -81,7 +83,6 @@ pub struct HvmMachine {
 struct Shared {
     vm: ApicVm,
     devices: Mutex<Devices>,
-    crew: Crew,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -206,13 +207,17 @@ impl HvmMachine {
         let shared = Arc::new(Shared {
             vm,
             devices: Mutex::new(devices),
-            crew: Crew::new(),
         });
-        let others = vcpus.split_off(1);
+        let crew = Arc::new(Crew::new());
+        let others = vcpus.split_off(1).into_iter().map(|vcpu| OtherVcpu {
+            vcpu,
+            shared: shared.clone(),
+        });
         Ok(Self {
             timer: KickTimer::new()?,
-            others: Others::new(&shared, others)?,
+            others: Others::new(&crew, others.collect())?,
             vcpu: vcpus.pop().context("a VM without vCPUs")?,
+            crew,
             shared,
             host,
             memory_mib,
@@ -226,7 +231,7 @@ impl HvmMachine {
         kick::attach(self.vcpu.interrupt_handle());
         self.others.resume();
         loop {
-            if let Some(exit) = self.shared.crew.next_mail() {
+            if let Some(exit) = self.crew.next_mail() {
                 return Ok(exit);
             }
             let stop = self.vcpu.run()?;
@@ -354,12 +359,16 @@ impl Machine for HvmMachine {
     fn save(&mut self) -> anyhow::Result<Vec<u8>> {
         self.others.pause();
         self.vcpu.settle()?;
+        anyhow::ensure!(
+            !self.crew.has_mail(),
+            "the guest wants something just now: run it on and retry"
+        );
         let (msrs, xsave_bytes) = (self.host.msr_list()?, self.host.xsave_bytes());
         let first = VcpuState::take(&self.vcpu, msrs.as_slice(), xsave_bytes)?;
         let tsc = first.msr(MSR_TSC);
         let mut states = vec![first];
-        for vcpu in self.others.vcpus() {
-            let mut state = VcpuState::take(&vcpu, msrs.as_slice(), xsave_bytes)?;
+        for member in self.others.members() {
+            let mut state = VcpuState::take(&member.vcpu, msrs.as_slice(), xsave_bytes)?;
             // They counted as one. Read one after the other they differ, and would count apart after a restore.
             for (index, value) in &mut state.msrs {
                 if let (MSR_TSC, Some(tsc)) = (*index, tsc) {
@@ -377,7 +386,7 @@ impl Machine for HvmMachine {
         })
     }
 
-    fn saves_anywhere(&self) -> bool {
+    fn is_well_placed(&self) -> bool {
         true
     }
 

@@ -16,23 +16,39 @@ const ANY_LARGE: u64 = 0xe7;
 const EXCEPTION_IST: u64 = 1;
 const FAULT_IST: u64 = 2;
 
+/// Words of [`SHIM`] that are addresses in the first copy, and are that much more in another's: where each of the two
+/// frames goes on, and the stack of the first.
+const RELOCATED: [u64; 3] = [
+    CPL0_BREAKPOINT_FRAME,
+    CPL0_BREAKPOINT_FRAME + 24,
+    CPL0_SYSCALL_FRAME,
+];
+
 /// Fills the area of a VM that boots.
 pub(super) fn build(
     memory: &GuestMemory,
     layout: &Layout,
     syscall: SyscallPath,
+    vcpus: u32,
 ) -> Result<(), MemoryError> {
-    memory.write(layout.area, SHIM)?;
-    interrupt_table(memory, layout, syscall)?;
-    descriptors(memory, layout)?;
-    page_tables(memory, layout)?;
+    for copy in (0..vcpus).map(|vcpu| layout.copy(vcpu)) {
+        memory.write(copy.physical, SHIM)?;
+        for word in RELOCATED {
+            let first: [u8; 8] = memory.read_array(copy.physical + word)?;
+            let moved = u64::from_le_bytes(first) + (copy.address - AREA_BASE);
+            memory.write_u64(copy.physical + word, moved)?;
+        }
+        interrupt_table(memory, copy, syscall)?;
+        descriptors(memory, copy)?;
+    }
+    page_tables(memory, layout, vcpus)?;
     let identity: Vec<u8> = (0..layout.ram / PAGE).flat_map(u64::to_le_bytes).collect();
     memory.write(layout.area + AREA_M2P, &identity)
 }
 
 fn interrupt_table(
     memory: &GuestMemory,
-    layout: &Layout,
+    copy: AreaCopy,
     syscall: SyscallPath,
 ) -> Result<(), MemoryError> {
     for vector in 0..256_u64 {
@@ -45,8 +61,8 @@ fn interrupt_table(
             (4, _) => (to_cpl3, EXCEPTION_IST, 3),
             _ => (to_cpl3, EXCEPTION_IST, 0),
         };
-        let address = AREA_BASE + offset;
-        let gate = layout.area + AREA_IDT + vector * 16;
+        let address = copy.address + offset;
+        let gate = copy.physical + AREA_IDT + vector * 16;
         let attributes = 0x8e00 | privilege << 13 | ist;
         memory.write_u64(
             gate,
@@ -57,8 +73,8 @@ fn interrupt_table(
     Ok(())
 }
 
-fn descriptors(memory: &GuestMemory, layout: &Layout) -> Result<(), MemoryError> {
-    let gdt = layout.area + AREA_GDT;
+fn descriptors(memory: &GuestMemory, copy: AreaCopy) -> Result<(), MemoryError> {
+    let gdt = copy.physical + AREA_GDT;
     for (selector, descriptor) in [
         (CODE_CPL0, 0x00af_9b00_0000_ffff),
         (0x18, 0x00cf_9300_0000_ffff),
@@ -67,15 +83,15 @@ fn descriptors(memory: &GuestMemory, layout: &Layout) -> Result<(), MemoryError>
     ] {
         memory.write_u64(gdt + (selector & !7), descriptor)?;
     }
-    let tss = layout.area + AREA_TSS;
+    let tss = copy.physical + AREA_TSS;
     let unaligned = |offset: u64, stack: u64| memory.write(tss + offset, &stack.to_le_bytes());
-    unaligned(0x04, AREA_BASE + AREA_CPL0_STACK)?;
+    unaligned(0x04, copy.address + AREA_CPL0_STACK)?;
     unaligned(
         0x24 + 8 * (EXCEPTION_IST - 1),
-        AREA_BASE + AREA_EXCEPTION_STACK,
+        copy.address + AREA_EXCEPTION_STACK,
     )?;
-    // For the reason given at `Layout::direct`.
-    unaligned(0x24 + 8 * (FAULT_IST - 1), layout.direct(AREA_FAULT_STACK))?;
+    // For the reason given at `AreaCopy::direct`.
+    unaligned(0x24 + 8 * (FAULT_IST - 1), copy.direct(AREA_FAULT_STACK))?;
     memory.write(
         tss + 0x66,
         &u16::try_from(TSS_BITMAP).unwrap_or(0).to_le_bytes(),
@@ -93,15 +109,15 @@ fn descriptors(memory: &GuestMemory, layout: &Layout) -> Result<(), MemoryError>
     memory.write(tss + TSS_BITMAP, &bitmap)
 }
 
-fn page_tables(memory: &GuestMemory, layout: &Layout) -> Result<(), MemoryError> {
+fn page_tables(memory: &GuestMemory, layout: &Layout, vcpus: u32) -> Result<(), MemoryError> {
     let area = layout.area;
     memory.write_u64(area + AREA_SLOT_L3, (area + AREA_SLOT_L2) | ANY_PAGE)?;
     memory.write_u64(area + AREA_SLOT_L2, (area + AREA_SLOT_L1) | ANY_PAGE)?;
-    for page in 0..AREA_CODE_END / PAGE {
-        let bits = if page * PAGE < AREA_SHARED_INFO {
-            CPL0_PAGE
-        } else {
-            ANY_PAGE
+    for page in 0..u64::from(vcpus) * AREA_STRIDE / PAGE {
+        let bits = match page * PAGE % AREA_STRIDE {
+            AREA_CODE_END.. => continue,
+            AREA_SHARED_INFO.. => ANY_PAGE,
+            _ => CPL0_PAGE,
         };
         memory.write_u64(area + AREA_SLOT_L1 + page * 8, (area + page * PAGE) | bits)?;
     }

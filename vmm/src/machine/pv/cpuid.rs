@@ -51,7 +51,7 @@ pub(super) fn xcr0() -> u64 {
 }
 
 /// CPUID as the guest kernel gets it: eax, ebx, ecx, edx.
-pub(super) fn for_kernel(leaf: u32, subleaf: u32, xcr0: u64) -> [u32; 4] {
+pub(super) fn for_kernel(leaf: u32, subleaf: u32, xcr0: u64, vcpu: u32) -> [u32; 4] {
     if (XEN_FIRST..=XEN_LAST).contains(&leaf) {
         return match leaf - XEN_FIRST {
             0 => [
@@ -68,7 +68,8 @@ pub(super) fn for_kernel(leaf: u32, subleaf: u32, xcr0: u64) -> [u32; 4] {
     match (leaf, subleaf) {
         (1, _) => [
             eax,
-            ebx & 0xff00 | 1 << 16,
+            // One logical processor per package, and the number of its APIC.
+            ebx & 0xff00 | 1 << 16 | vcpu << 24,
             ecx & LEAF1_ECX | LEAF1_ECX_ADDED,
             edx & LEAF1_EDX,
         ],
@@ -107,7 +108,7 @@ pub(super) fn digest() -> String {
         (0x8000_0008, 0),
     ] {
         // Leaf 1's ebx names the processor one happens to run on.
-        let [eax, ebx, ecx, edx] = for_kernel(leaf, subleaf, xcr0());
+        let [eax, ebx, ecx, edx] = for_kernel(leaf, subleaf, xcr0(), 0);
         for word in [eax, ebx, ecx, edx] {
             hash.update(word.to_le_bytes());
         }

@@ -27,6 +27,8 @@ pub(super) struct Context<'a> {
     pub vcpu: &'a mut Vcpu,
     /// Extended state that the host permits.
     pub xcr0: u64,
+    /// The vCPU's number.
+    pub index: u32,
     /// CR4 as the kernel last wrote it.
     pub cr4: &'a mut u64,
     /// CR2 and CR3 as the guest sees them.
@@ -117,8 +119,13 @@ fn one(context: &mut Context<'_>, instruction: &Instruction) -> Option<Effect> {
 
 fn cpuid_instruction(context: &mut Context<'_>) {
     let regs = context.vcpu.regs();
-    let [eax, ebx, ecx, edx] =
-        cpuid::for_kernel(regs.rax as u32, regs.rcx as u32, context.xcr0).map(u64::from);
+    let [eax, ebx, ecx, edx] = cpuid::for_kernel(
+        regs.rax as u32,
+        regs.rcx as u32,
+        context.xcr0,
+        context.index,
+    )
+    .map(u64::from);
     let regs = context.vcpu.regs_mut();
     (regs.rax, regs.rbx, regs.rcx, regs.rdx) = (eax, ebx, ecx, edx);
 }

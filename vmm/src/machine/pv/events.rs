@@ -8,8 +8,8 @@ use super::layout::*;
 use super::start::CONSOLE_PORT;
 use crate::memory::{GuestMemory, MemoryError};
 
-/// Ports that a guest may have: a 1-vCPU Linux uses about ten.
-const MAX_PORTS: usize = 64;
+/// Ports that a guest may have: Linux uses about three, and eight more for each vCPU.
+const MAX_PORTS: usize = 128;
 
 /// In `struct shared_info`, after 32 `vcpu_info`s of 64 bytes: pending bits, then mask bits, then the wall clock.
 const PENDING: u64 = 2048;
@@ -36,164 +36,211 @@ pub(super) enum Port {
     Ipi,
 }
 
-/// The guest's ports and where its bits are.
+/// A port, and the vCPU that its events are for.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+struct Channel {
+    port: Port,
+    vcpu: u32,
+}
+
+/// What became of a port that was made pending.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Raised {
+    /// The vCPU that it is for.
+    pub vcpu: u32,
+    /// That vCPU is to be interrupted: the port was not pending before, and is not masked.
+    pub interrupts: bool,
+}
+
+/// The guest's ports and where their bits are.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct Events {
-    ports: Vec<Port>,
-    /// Guest-physical address of the `vcpu_info`; checked when the guest sets it.
-    pub vcpu_info: u64,
+    channels: Vec<Channel>,
     shared_info: u64,
 }
 
 impl Events {
     pub(super) fn new(layout: &Layout) -> Self {
-        let shared_info = layout.area + AREA_SHARED_INFO;
-        let mut ports = vec![Port::Free; MAX_PORTS];
-        ports[CONSOLE_PORT as usize] = Port::Console;
+        let free = Channel {
+            port: Port::Free,
+            vcpu: 0,
+        };
+        let mut channels = vec![free; MAX_PORTS];
+        channels[CONSOLE_PORT as usize].port = Port::Console;
         Self {
-            ports,
-            vcpu_info: shared_info,
-            shared_info,
+            channels,
+            shared_info: layout.area + AREA_SHARED_INFO,
         }
     }
 
     /// Whether a decoded state is one that `new` and the hypercalls could have made.
-    pub(super) fn plausible(&self, layout: &Layout) -> bool {
-        self.ports.len() == MAX_PORTS
+    pub(super) fn plausible(&self, layout: &Layout, vcpus: u32) -> bool {
+        self.channels.len() == MAX_PORTS
+            && self.channels.iter().all(|channel| channel.vcpu < vcpus)
             && self.shared_info == layout.area + AREA_SHARED_INFO
-            && self.vcpu_info.is_multiple_of(8)
-            && self.vcpu_info <= layout.size - VCPU_INFO
     }
 
-    /// Binds the first free port; port 0 is never one.
-    pub(super) fn bind(&mut self, what: Port) -> Option<u32> {
-        if let Port::Virq(number) = what
-            && let Some(port) = self.port_of(number)
+    /// Binds the first free port; port 0 is never one. The vCPU is one that there is.
+    pub(super) fn bind(&mut self, port: Port, vcpu: u32) -> Option<u32> {
+        if let Port::Virq(number) = port
+            && let Some(bound) = self.port_of(number, Some(vcpu))
         {
-            return Some(port);
+            return Some(bound);
         }
-        let (port, slot) = self
-            .ports
+        let (number, channel) = self
+            .channels
             .iter_mut()
             .enumerate()
             .skip(1)
-            .find(|(_, slot)| **slot == Port::Free)?;
-        *slot = what;
-        u32::try_from(port).ok()
+            .find(|(_, channel)| channel.port == Port::Free)?;
+        *channel = Channel { port, vcpu };
+        u32::try_from(number).ok()
     }
 
     pub(super) fn close(&mut self, port: u32) {
-        if let Some(slot) = self.ports.get_mut(port as usize) {
-            *slot = Port::Free;
+        if let Some(channel) = self.channels.get_mut(port as usize) {
+            channel.port = Port::Free;
         }
     }
 
-    pub(super) fn bound(&self, port: u32) -> Port {
-        self.ports.get(port as usize).copied().unwrap_or(Port::Free)
+    /// What a port is bound to, and the vCPU that its events are for.
+    pub(super) fn bound(&self, port: u32) -> (Port, u32) {
+        self.channels
+            .get(port as usize)
+            .map_or((Port::Free, 0), |channel| (channel.port, channel.vcpu))
     }
 
-    pub(super) fn port_of(&self, virq: u32) -> Option<u32> {
-        self.ports
+    /// From now on the port's events are for another vCPU, which there is. `false`: the port is bound to its vCPU for good.
+    pub(super) fn move_to(&mut self, port: u32, vcpu: u32) -> bool {
+        let channel = self.channels.get_mut(port as usize).filter(|channel| {
+            !matches!(
+                channel.port,
+                Port::Free | Port::Ipi | Port::Virq(VIRQ_TIMER)
+            )
+        });
+        channel.map(|channel| channel.vcpu = vcpu).is_some()
+    }
+
+    /// The port of a virtual interrupt: this vCPU's, or anyone's.
+    pub(super) fn port_of(&self, virq: u32, vcpu: Option<u32>) -> Option<u32> {
+        self.channels
             .iter()
-            .position(|&port| port == Port::Virq(virq))
+            .position(|channel| {
+                channel.port == Port::Virq(virq) && vcpu.is_none_or(|vcpu| channel.vcpu == vcpu)
+            })
             .and_then(|port| u32::try_from(port).ok())
     }
 
-    /// Makes a virtual interrupt pending; nothing if the guest has not bound it.
-    pub(super) fn raise_virq(&self, memory: &GuestMemory, virq: u32) -> Result<(), MemoryError> {
-        self.port_of(virq)
-            .map_or(Ok(()), |port| self.raise(memory, port))
-    }
-
-    /// Makes a port pending.
-    pub(super) fn raise(&self, memory: &GuestMemory, port: u32) -> Result<(), MemoryError> {
-        let (word, bit) = (u64::from(port) / 64 * 8, 1_u64 << (port % 64));
-        if memory
+    /// Makes a port pending. What is to be done about it is the caller's.
+    pub(super) fn mark(&self, memory: &GuestMemory, port: u32) -> Result<Raised, MemoryError> {
+        let (_, vcpu) = self.bound(port);
+        let (word, bit) = place(port);
+        let before = memory
             .atomic_u64(self.shared_info + PENDING + word)?
-            .fetch_or(bit, Ordering::SeqCst)
-            & bit
-            != 0
-        {
-            return Ok(());
-        }
-        if memory
+            .fetch_or(bit, Ordering::SeqCst);
+        let masked = memory
             .atomic_u64(self.shared_info + MASKED + word)?
-            .load(Ordering::SeqCst)
-            & bit
-            != 0
-        {
-            return Ok(());
-        }
-        self.select(memory, port)
+            .load(Ordering::SeqCst);
+        Ok(Raised {
+            vcpu,
+            interrupts: (before | masked) & bit == 0,
+        })
     }
 
-    /// Clears a port's mask, and delivers what came meanwhile.
-    pub(super) fn unmask(&self, memory: &GuestMemory, port: u32) -> Result<(), MemoryError> {
-        if port as usize >= MAX_PORTS {
-            return Ok(());
-        }
-        let (word, bit) = (u64::from(port) / 64 * 8, 1_u64 << (port % 64));
+    /// Whether a port is pending, masked or not.
+    pub(super) fn is_pending(&self, memory: &GuestMemory, port: u32) -> Result<bool, MemoryError> {
+        let (word, bit) = place(port);
+        let pending = memory
+            .atomic_u64(self.shared_info + PENDING + word)?
+            .load(Ordering::SeqCst);
+        Ok(pending & bit != 0)
+    }
+
+    /// Clears a port's mask. What came meanwhile interrupts now.
+    pub(super) fn unmask(&self, memory: &GuestMemory, port: u32) -> Result<Raised, MemoryError> {
+        let (_, vcpu) = self.bound(port);
+        let (word, bit) = place(port);
         memory
             .atomic_u64(self.shared_info + MASKED + word)?
             .fetch_and(!bit, Ordering::SeqCst);
-        if memory
-            .atomic_u64(self.shared_info + PENDING + word)?
-            .load(Ordering::SeqCst)
-            & bit
-            != 0
-        {
-            self.select(memory, port)?;
-        }
-        Ok(())
-    }
-
-    fn select(&self, memory: &GuestMemory, port: u32) -> Result<(), MemoryError> {
-        memory
-            .atomic_u64(self.vcpu_info + SELECTOR)?
-            .fetch_or(1 << (port / 64), Ordering::SeqCst);
-        memory
-            .atomic_u8(self.vcpu_info + UPCALL_PENDING)?
-            .store(1, Ordering::SeqCst);
-        Ok(())
+        Ok(Raised {
+            vcpu,
+            interrupts: self.is_pending(memory, port)?,
+        })
     }
 
     /// All ports masked, as a guest expects at its start.
     pub(super) fn mask_all(&self, memory: &GuestMemory) -> Result<(), MemoryError> {
-        memory.write(self.shared_info + MASKED, &[0xff; 512])?;
-        self.set_masked(memory, true)
+        memory.write(self.shared_info + MASKED, &[0xff; 512])
+    }
+}
+
+/// Where a port's bit is: byte offset of its word, and the bit. A port that no guest can have is looked up as one.
+fn place(port: u32) -> (u64, u64) {
+    let port = u64::from(port) % MAX_PORTS as u64;
+    (port / 64 * 8, 1 << (port % 64))
+}
+
+/// A vCPU's `struct vcpu_info`, by its guest-physical address.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct VcpuInfo(pub u64);
+
+impl VcpuInfo {
+    /// Where a vCPU's is at first: in the shared-info page.
+    pub(super) fn first(layout: &Layout, vcpu: u32) -> Self {
+        Self(layout.area + AREA_SHARED_INFO + u64::from(vcpu) * VCPU_INFO)
     }
 
-    pub(super) fn set_masked(&self, memory: &GuestMemory, masked: bool) -> Result<(), MemoryError> {
-        memory.write(self.vcpu_info + UPCALL_MASK, &[u8::from(masked)])
+    /// Whether a decoded address can be one.
+    pub(super) fn plausible(self, layout: &Layout) -> bool {
+        self.0.is_multiple_of(8) && self.0 <= layout.size - VCPU_INFO
+    }
+
+    /// Tells the vCPU that this port is pending.
+    pub(super) fn select(self, memory: &GuestMemory, port: u32) -> Result<(), MemoryError> {
+        let (word, _) = place(port);
+        memory
+            .atomic_u64(self.0 + SELECTOR)?
+            .fetch_or(1 << (word / 8), Ordering::SeqCst);
+        memory
+            .atomic_u8(self.0 + UPCALL_PENDING)?
+            .store(1, Ordering::SeqCst);
+        Ok(())
+    }
+
+    pub(super) fn set_masked(self, memory: &GuestMemory, masked: bool) -> Result<(), MemoryError> {
+        memory.write(self.0 + UPCALL_MASK, &[u8::from(masked)])
     }
 
     /// Whether an event waits (whatever the mask).
-    pub(super) fn pending(&self, memory: &GuestMemory) -> Result<bool, MemoryError> {
-        Ok(memory.read_array::<1>(self.vcpu_info + UPCALL_PENDING)? != [0])
+    pub(super) fn pending(self, memory: &GuestMemory) -> Result<bool, MemoryError> {
+        Ok(memory
+            .atomic_u8(self.0 + UPCALL_PENDING)?
+            .load(Ordering::SeqCst)
+            != 0)
     }
 
     /// Whether the guest wants no events now.
-    pub(super) fn masked(&self, memory: &GuestMemory) -> Result<bool, MemoryError> {
-        Ok(memory.read_array::<1>(self.vcpu_info + UPCALL_MASK)? != [0])
+    pub(super) fn masked(self, memory: &GuestMemory) -> Result<bool, MemoryError> {
+        Ok(memory.read_array::<1>(self.0 + UPCALL_MASK)? != [0])
     }
 
-    /// Moves the `vcpu_info` to where the guest wants it. False if that is no place for it.
-    pub(super) fn move_vcpu_info(
-        &mut self,
+    /// Moves it to where the guest wants it. `None` if that is no place for it.
+    pub(super) fn moved(
+        self,
         memory: &GuestMemory,
         to: u64,
         ram: u64,
-    ) -> Result<bool, MemoryError> {
+    ) -> Result<Option<Self>, MemoryError> {
         if !to.is_multiple_of(8) || to.checked_add(VCPU_INFO).is_none_or(|end| end > ram) {
-            return Ok(false);
+            return Ok(None);
         }
-        let old: [u8; VCPU_INFO as usize] = memory.read_array(self.vcpu_info)?;
+        let old: [u8; VCPU_INFO as usize] = memory.read_array(self.0)?;
         memory.write(to, &old)?;
-        self.vcpu_info = to;
         // Whatever raced with the move is found by looking at everything once.
         memory.write_u64(to + SELECTOR, u64::MAX)?;
         memory.write(to + UPCALL_PENDING, &[1])?;
-        Ok(true)
+        Ok(Some(Self(to)))
     }
 }
 
@@ -202,16 +249,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ports_are_bounded_and_a_virq_is_bound_once() {
+    fn ports_are_bounded_and_a_virq_is_bound_once_per_vcpu() {
         let layout = Layout::new(128).unwrap();
         let mut events = Events::new(&layout);
-        let timer = events.bind(Port::Virq(0)).unwrap();
-        assert_eq!(events.bind(Port::Virq(0)), Some(timer));
-        while events.bind(Port::Ipi).is_some() {}
-        assert_eq!(events.bound(u32::MAX), Port::Free);
+        let timer = events.bind(Port::Virq(0), 0).unwrap();
+        assert_eq!(events.bind(Port::Virq(0), 0), Some(timer));
+        let other = events.bind(Port::Virq(0), 1).unwrap();
+        assert_ne!(timer, other);
+        assert_eq!(events.port_of(0, Some(1)), Some(other));
+        assert!(!events.move_to(timer, 1));
+        assert!(events.plausible(&layout, 2) && !events.plausible(&layout, 1));
+        while events.bind(Port::Ipi, 0).is_some() {}
+        assert_eq!(events.bound(u32::MAX), (Port::Free, 0));
         events.close(timer);
-        assert_eq!(events.port_of(0), None);
-        assert_eq!(events.bind(Port::Ipi), Some(timer));
+        assert_eq!(events.port_of(0, Some(0)), None);
+        assert_eq!(events.bind(Port::Ipi, 1), Some(timer));
     }
 
     #[test]
@@ -220,21 +272,29 @@ mod tests {
         let memory = GuestMemory::anonymous(layout.size).unwrap();
         let mut events = Events::new(&layout);
         events.mask_all(&memory).unwrap();
-        let port = events.bind(Port::Virq(20)).unwrap();
-        events.raise_virq(&memory, 20).unwrap();
-        assert!(!events.pending(&memory).unwrap());
-        events.unmask(&memory, port).unwrap();
-        assert!(events.pending(&memory).unwrap());
-        assert!(
-            !events
-                .move_vcpu_info(&memory, layout.ram - 32, layout.ram)
-                .unwrap()
-        );
-        assert!(
-            !events
-                .move_vcpu_info(&memory, u64::MAX - 7, layout.ram)
-                .unwrap()
-        );
-        assert!(events.move_vcpu_info(&memory, 4096, layout.ram).unwrap());
+        let port = events.bind(Port::Virq(20), 0).unwrap();
+        assert!(events.move_to(port, 3));
+        let raised = |interrupts| Raised {
+            vcpu: 3,
+            interrupts,
+        };
+        assert_eq!(events.mark(&memory, port).unwrap(), raised(false));
+        assert!(events.is_pending(&memory, port).unwrap());
+        assert_eq!(events.unmask(&memory, port).unwrap(), raised(true));
+        assert_eq!(events.mark(&memory, port).unwrap(), raised(false));
+        events.mark(&memory, u32::MAX).unwrap();
+    }
+
+    #[test]
+    fn a_vcpus_info_moves_to_where_memory_is() {
+        let layout = Layout::new(128).unwrap();
+        let memory = GuestMemory::anonymous(layout.size).unwrap();
+        let info = VcpuInfo::first(&layout, 7);
+        assert!(info.plausible(&layout));
+        for to in [layout.ram - 32, u64::MAX - 7, 4097] {
+            assert!(info.moved(&memory, to, layout.ram).unwrap().is_none());
+        }
+        let info = info.moved(&memory, 4096, layout.ram).unwrap().unwrap();
+        assert!(info.pending(&memory).unwrap() && !info.masked(&memory).unwrap());
     }
 }

@@ -15,6 +15,9 @@ pub use shared::*;
 /// Guest memory that a VM may have, MiB: a Debian kernel unpacks its initramfs in no less, and the page tables of the area cover no more.
 pub const MEMORY_MIB: RangeInclusive<u32> = 128..=8192;
 
+/// vCPUs that a VM may have: there is room for so many copies of the shim.
+pub const MAX_VCPUS: u32 = AREA_MOST_VCPUS as u32;
+
 /// Large page, bytes.
 pub const LARGE: u64 = 2 << 20;
 
@@ -50,24 +53,46 @@ impl Layout {
         })
     }
 
-    /// Guest-virtual address, in the direct map, of something in the area.
+    /// A vCPU's copy of the area.
+    #[must_use]
+    pub fn copy(&self, vcpu: u32) -> AreaCopy {
+        let offset = u64::from(vcpu) * AREA_STRIDE;
+        AreaCopy {
+            physical: self.area + offset,
+            address: AREA_BASE + offset,
+        }
+    }
+}
+
+/// One vCPU's copy of what the area has for each.
+#[derive(Clone, Copy, Debug)]
+pub struct AreaCopy {
+    /// Guest-physical address.
+    pub physical: u64,
+    /// Guest-virtual address.
+    pub address: u64,
+}
+
+impl AreaCopy {
+    /// Guest-virtual address, in the direct map, of something in it.
     ///
     /// A software KVM walks the guest's page tables for each of the dozen words that it reads and writes
     /// to deliver a page fault. The direct map's large pages save a quarter of each walk.
     #[must_use]
     pub fn direct(&self, offset: u64) -> u64 {
-        DIRECT_BASE + self.area + offset
+        DIRECT_BASE + self.physical + offset
     }
 
     /// Guest-physical address of a field of the shared page.
     #[must_use]
     pub fn comm(&self, field: u64) -> u64 {
-        self.area + AREA_COMM + field
+        self.physical + AREA_COMM + field
     }
 }
 
-/// Whether an instruction at this address belongs to the shim or the CPL0 stubs.
+/// Whether an instruction at this address belongs to the shim or the CPL0 stubs, whichever copy.
 #[must_use]
 pub fn in_shim(rip: u64) -> bool {
-    rip.wrapping_sub(AREA_BASE) < AREA_CODE_END
+    let offset = rip.wrapping_sub(AREA_BASE);
+    offset < AREA_M2P && offset % AREA_STRIDE < AREA_CODE_END
 }

@@ -7,12 +7,16 @@
 //! passes system calls, faults and events to the kernel and changes page tables, all
 //! without leaving the guest. What the shim cannot do reaches this module through a port.
 //!
+//! A VM with several vCPUs has a copy of the shim for each, and a thread. What one asks of another goes through
+//! [`shared`]: events, and the invalidation of what it has cached of page tables.
+//!
 //! Guest processes share the page tables of the guest kernel and can reach its memory: the
 //! boundary is the VM, not the kernel within. Nothing that the guest may have written, the shim's
 //! own memory included, is trusted here.
 
 mod area;
 mod console;
+mod cpu;
 mod cpuid;
 mod deliver;
 mod emulate;
@@ -23,160 +27,89 @@ mod layout;
 mod patches;
 mod ports;
 mod setup;
+mod shared;
 mod start;
 mod state;
 mod time;
+mod vcpu_ops;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::sync::atomic::Ordering;
 
 use kvm_bindings::kvm_cpuid_entry2;
 
-use super::console::Console;
+use super::crew::{Crew, Member, Others, lock};
 use super::{Exit, Machine, MachineKind};
-use crate::kvm::kick::{self, KickTimer};
-use crate::kvm::{InterruptHandle, Stop, Vm};
+use crate::kvm::InterruptHandle;
 use crate::memory::GuestMemory;
+use cpu::{Counts, Cpu};
 use layout::*;
-use state::{Facts, PvState, Saved};
+use shared::Shared;
+use state::Saved;
 use thaw_wire::layout::WIRE_VIRQ;
-use time::Clock;
 
-pub use layout::MEMORY_MIB;
+pub use layout::{MAX_VCPUS, MEMORY_MIB};
 pub use setup::{CMDLINE, boot, restore};
 
-/// One VM. Fields are dropped in this order: the timer first, so that it fires at nothing.
+/// One VM. Fields are dropped in this order: threads before what they use.
 #[derive(Debug)]
 pub struct PvMachine {
-    timer: KickTimer,
-    vm: Vm,
-    layout: Layout,
-    state: PvState,
-    facts: Facts,
+    others: Others<Cpu>,
+    first: Cpu,
+    crew: Arc<Crew>,
+    shared: Arc<Shared>,
     cpuid: Vec<kvm_cpuid_entry2>,
-    clock: Clock,
-    console: Console,
-    counts: Counts,
-    /// Deadline (guest time) that the timer is armed for.
-    armed: Option<u64>,
-    /// The vCPU stopped at a port and may be in the middle of the instruction.
-    at_port: bool,
-    /// An event waits for the guest to be where it can be delivered.
-    retry: bool,
-    /// Times in a row that it was not there.
-    tries: u32,
-    /// Times in a row that an event was held back for what looks like a breakpoint.
-    postponed: u32,
     ended: bool,
 }
 
-#[derive(Clone, Copy, Debug, Default)]
-struct Counts {
-    hypercalls: u64,
-    emulated: u64,
-    doorbells: u64,
-    interrupts: u64,
-    retries: u64,
-    idles: u64,
-    refused_ports: u64,
-}
-
 impl PvMachine {
-    fn comm(&self, field: u64) -> u64 {
-        self.vm
-            .memory()
-            .read_u64(self.layout.comm(field))
-            .unwrap_or(0)
+    /// Of vCPUs that have not run: the calling thread is the machine's from now on.
+    fn new(
+        shared: Arc<Shared>,
+        cpus: Vec<Cpu>,
+        cpuid: Vec<kvm_cpuid_entry2>,
+    ) -> anyhow::Result<Self> {
+        let mut cpus = cpus.into_iter();
+        let mut first = cpus
+            .next()
+            .ok_or_else(|| anyhow::anyhow!("a VM without vCPUs"))?;
+        first.arrive()?;
+        let crew = Arc::new(Crew::new());
+        Ok(Self {
+            others: Others::new(&crew, cpus.collect())?,
+            first,
+            crew,
+            shared,
+            cpuid,
+            ended: false,
+        })
     }
 
-    fn set_comm(&self, field: u64, value: u64) -> anyhow::Result<()> {
-        Ok(self.vm.memory().write_u64(self.layout.comm(field), value)?)
+    fn run_guest(&mut self) -> anyhow::Result<Exit> {
+        self.others.resume();
+        if let Some(exit) = self.crew.next_mail() {
+            return Ok(exit);
+        }
+        match self.first.run()? {
+            // The caller would wait for its sockets alone, but another vCPU may have an event for this one.
+            Exit::Idle { deadline } if !self.others.is_empty() => {
+                self.first.sleep(deadline)?;
+                Ok(Exit::Interrupted)
+            }
+            exit => Ok(exit),
+        }
     }
 
     /// Ends the guest for good if `exit` is an end.
     fn leave(&mut self, exit: Exit) -> anyhow::Result<Exit> {
-        console::drain(&mut self.console, self.vm.memory(), self.state.console_ring)?;
+        lock(&self.shared.hub).drain_console(self.shared.memory())?;
         if matches!(exit, Exit::Shutdown | Exit::Crashed(_)) {
             self.ended = true;
-            self.timer.disarm();
+            self.others.pause();
+            self.first.disarm();
         }
         Ok(exit)
-    }
-
-    /// Whether the halted guest has something to do; if not, until when.
-    fn still_idle(&mut self) -> anyhow::Result<Option<Exit>> {
-        self.check_deadline()?;
-        if self.state.events.pending(self.vm.memory())? {
-            self.state.halted = false;
-            return Ok(None);
-        }
-        self.counts.idles += 1;
-        if self.armed.take().is_some() {
-            self.timer.disarm();
-        }
-        let left = self
-            .state
-            .deadline
-            .map(|deadline| Duration::from_nanos(deadline.saturating_sub(self.clock.now())));
-        Ok(Some(Exit::Idle {
-            deadline: left.and_then(|left| Instant::now().checked_add(left)),
-        }))
-    }
-
-    fn run_guest(&mut self) -> anyhow::Result<Exit> {
-        kick::attach(self.vm.vcpu.interrupt_handle());
-        self.check_deadline()?;
-        if !self.state.halted {
-            self.deliver_event()?;
-        }
-        loop {
-            if self.state.halted
-                && let Some(exit) = self.still_idle()?
-            {
-                return Ok(exit);
-            }
-            self.arm_timer();
-            match self.vm.vcpu.run()? {
-                Stop::Out { port, value } => {
-                    if let Some(exit) = self.port_written(port, value)? {
-                        return Ok(exit);
-                    }
-                }
-                Stop::In { .. } => {
-                    self.vm.vcpu.answer_in(0xff);
-                    if !in_shim(self.vm.vcpu.regs().rip) {
-                        self.refuse_port()?;
-                    }
-                }
-                Stop::Interrupted => {
-                    self.counts.interrupts += 1;
-                    self.at_port = false;
-                    self.armed = None;
-                    // Whose signal it was cannot be told: the caller looks at its sockets every time. What is
-                    // due is delivered when it comes back, and the timer armed then: not for the time in between.
-                    return Ok(Exit::Interrupted);
-                }
-                Stop::MmioRead { address, .. } | Stop::MmioWrite { address, .. } => {
-                    return Ok(Exit::Crashed(format!(
-                        "the guest reached for {address:#x}, where it has no memory"
-                    )));
-                }
-                Stop::Halted => return Ok(Exit::Crashed("the guest halted at CPL0".to_owned())),
-                Stop::TripleFault => {
-                    return Ok(Exit::Crashed(format!(
-                        "triple fault: {}",
-                        self.console.last_words()
-                    )));
-                }
-                Stop::Failed(why) => {
-                    let rip = self.vm.vcpu.regs().rip;
-                    return Ok(Exit::Crashed(format!(
-                        "KVM cannot run the guest on at {rip:#x}: {why}"
-                    )));
-                }
-            }
-        }
     }
 }
 
@@ -192,48 +125,50 @@ impl Machine for PvMachine {
     }
 
     fn raise_wire(&mut self) {
-        if let Err(error) = self.state.events.raise_virq(self.vm.memory(), WIRE_VIRQ) {
+        if let Err(error) = self.shared.raise_virq(0, WIRE_VIRQ, None) {
             tracing::error!(%error, "the wire's interrupt is lost");
         }
     }
 
     fn memory(&self) -> &Arc<GuestMemory> {
-        self.vm.memory()
+        self.shared.memory()
     }
 
     fn save(&mut self) -> anyhow::Result<Vec<u8>> {
-        self.vm.vcpu.settle()?;
-        self.at_port = false;
-        self.postponed = 0;
+        self.others.pause();
+        self.first.settle()?;
         anyhow::ensure!(
-            !self.breakpoint_may_be_in_flight(),
-            "the guest may be in the middle of a breakpoint: run it on and retry"
+            !self.crew.has_mail(),
+            "the guest wants something just now: run it on and retry"
         );
-        let vcpu = &self.vm.vcpu;
+        let mut cpus = vec![self.first.save()?];
+        for mut cpu in self.others.members() {
+            cpus.push(cpu.save()?);
+        }
+        let hub = lock(&self.shared.hub);
         state::encode(&Saved {
-            facts: self.facts.clone(),
-            memory_mib: u32::try_from(self.layout.ram >> 20)?,
-            pv: self.state.clone(),
-            now: self.clock.now(),
+            facts: self.shared.facts.clone(),
+            memory_mib: u32::try_from(self.shared.layout.ram >> 20)?,
+            syscall: self.shared.syscall,
+            events: hub.events.clone(),
+            console_ring: hub.console_ring,
+            now: self.shared.clock.now(),
             cpuid: self.cpuid.clone(),
-            regs: *vcpu.regs(),
-            sregs: *vcpu.sregs(),
-            events: *vcpu.events(),
-            xsave: vcpu.xsave()?,
-            xcr0: vcpu.xcrs()?.xcrs[0].value,
+            cpus,
         })
     }
 
-    fn saves_anywhere(&self) -> bool {
-        false
+    fn is_well_placed(&self) -> bool {
+        let mut seats = self.shared.seats.iter();
+        !self.others.is_empty() && seats.all(|seat| seat.waiting.load(Ordering::SeqCst))
     }
 
     fn take_console(&mut self) -> Vec<u8> {
-        self.console.take()
+        lock(&self.shared.hub).console.take()
     }
 
     fn interrupt_handle(&mut self) -> InterruptHandle {
-        self.vm.vcpu.interrupt_handle()
+        self.first.handle()
     }
 
     fn exits(&self) -> BTreeMap<String, u64> {
@@ -245,7 +180,7 @@ impl Machine for PvMachine {
             retries,
             idles,
             refused_ports,
-        } = self.counts;
+        } = self.first.counts;
         let mut exits: BTreeMap<String, u64> = [
             ("hypercall", hypercalls),
             ("emulated", emulated),
@@ -258,7 +193,8 @@ impl Machine for PvMachine {
         .map(|(name, count)| (name.to_owned(), count))
         .into();
         for (index, name) in (0..).zip(SHIM_COUNTERS) {
-            exits.insert(format!("shim_{name}"), self.comm(COMM_COUNTERS + index * 8));
+            let count = self.first.comm(COMM_COUNTERS + index * 8);
+            exits.insert(format!("shim_{name}"), count);
         }
         exits
     }
@@ -282,9 +218,3 @@ const SHIM_COUNTERS: [&str; 15] = [
     "pins",
     "touches",
 ];
-
-impl Drop for PvMachine {
-    fn drop(&mut self) {
-        kick::detach(self.vm.vcpu.interrupt_handle());
-    }
-}

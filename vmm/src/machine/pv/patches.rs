@@ -26,15 +26,20 @@ const FAR_JUMP: u64 = 14;
 /// Most text that is searched: twice what Debian's kernels have.
 const MAX_TEXT: u64 = 64 << 20;
 
-/// Patches the kernel's text at these guest-physical addresses.
-pub(super) fn apply(memory: &GuestMemory, (start, end): (u64, u64)) -> Result<(), MemoryError> {
+/// Patches the kernel's text at these guest-physical addresses. The jumps lead into the first vCPU's copy of the shim, so
+/// a kernel that runs on several vCPUs gets none.
+pub(super) fn apply(
+    memory: &GuestMemory,
+    (start, end): (u64, u64),
+    vcpus: u32,
+) -> Result<(), MemoryError> {
     let mut text = vec![0; usize::try_from((end - start).min(MAX_TEXT)).unwrap_or(0)];
     memory.read(start, &mut text)?;
     let find = |pattern: &[u8]| only(&text, pattern).map(|at| start + at as u64);
     if let Some(at) = find(CMPXCHG16B_EMULATED) {
         memory.write(at, CMPXCHG16B)?;
     }
-    let Some(room) = find(UNUSED) else {
+    let Some(room) = find(UNUSED).filter(|_| vcpus == 1) else {
         return Ok(());
     };
     for (pattern, room, target) in [

@@ -2,14 +2,14 @@
 
 use super::emulate::{self, Context, Effect};
 use super::layout::*;
-use super::{Exit, PvMachine, guest};
+use super::{Exit, cpu::Cpu, guest};
 use thaw_wire::layout::DOORBELL_PORT;
 
-impl PvMachine {
+impl Cpu {
     /// A write to a port. `None`: go on.
     pub(super) fn port_written(&mut self, port: u16, value: u32) -> anyhow::Result<Option<Exit>> {
         self.at_port = true;
-        let rip = self.vm.vcpu.regs().rip;
+        let rip = self.vcpu.regs().rip;
         if port == DOORBELL_PORT && !in_shim(rip) {
             self.counts.doorbells += 1;
             return Ok(Some(Exit::Doorbell(value)));
@@ -23,7 +23,7 @@ impl PvMachine {
             PORT_PROTECTION => self.emulate(8).map(|()| None),
             PORT_PANIC => Ok(Some(self.shim_panicked())),
             PORT_VECTOR => {
-                let vector = rip.wrapping_sub(AREA_BASE) / 8;
+                let vector = rip.wrapping_sub(self.area.address) / 8;
                 Ok(Some(Exit::Crashed(format!(
                     "the guest took vector {vector}, which nothing in it should raise"
                 ))))
@@ -36,10 +36,10 @@ impl PvMachine {
 
     fn serve_hypercall(&mut self) -> anyhow::Result<Option<Exit>> {
         self.counts.hypercalls += 1;
-        let regs = *self.vm.vcpu.regs();
+        let regs = *self.vcpu.regs();
         match self.hypercall(regs.rax, regs.rdi, regs.rsi, regs.rdx)? {
             Ok(value) => {
-                self.vm.vcpu.regs_mut().rax = value.cast_unsigned();
+                self.vcpu.regs_mut().rax = value.cast_unsigned();
                 Ok(None)
             }
             Err(exit) => Ok(Some(exit)),
@@ -49,18 +49,19 @@ impl PvMachine {
     /// A process used a port that is not its own: the #GP it would have got from the processor.
     pub(super) fn refuse_port(&mut self) -> anyhow::Result<()> {
         self.counts.refused_ports += 1;
-        self.vm.vcpu.settle()?;
+        self.vcpu.settle()?;
         self.at_port = false;
-        let regs = *self.vm.vcpu.regs();
+        let regs = *self.vcpu.regs();
         let rip = self.port_instruction(regs.rip);
         let frame = [0, rip, CODE_CPL3, regs.rflags, regs.rsp, DATA_CPL3];
-        self.vm.memory().write(
-            self.layout.area + AREA_EXCEPTION_STACK - 48,
+        self.memory().write(
+            self.area.physical + AREA_EXCEPTION_STACK - 48,
             frame.map(u64::to_le_bytes).as_flattened(),
         )?;
-        let regs = self.vm.vcpu.regs_mut();
-        regs.rip = AREA_BASE + SHIM_VECTORS + 13 * SHIM_VECTOR_SIZE;
-        regs.rsp = AREA_BASE + AREA_EXCEPTION_STACK - 48;
+        let at = self.area.address;
+        let regs = self.vcpu.regs_mut();
+        regs.rip = at + SHIM_VECTORS + 13 * SHIM_VECTOR_SIZE;
+        regs.rsp = at + AREA_EXCEPTION_STACK - 48;
         regs.rflags = 0x202;
         Ok(())
     }
@@ -70,7 +71,7 @@ impl PvMachine {
     fn port_instruction(&self, after: u64) -> u64 {
         let mut bytes = [0; 2];
         let start = after.wrapping_sub(2);
-        if guest::read(self.vm.memory(), self.comm(COMM_CR3), start, &mut bytes).is_none() {
+        if guest::read(self.memory(), self.comm(COMM_CR3), start, &mut bytes).is_none() {
             return after;
         }
         match bytes {
@@ -83,14 +84,14 @@ impl PvMachine {
     /// #UD or #GP in the guest's kernel, stopped in the shim with the exception's frame on its stack, `skip` bytes
     /// up: executes the instruction if it is one that the kernel may expect to work. If not, the shim goes on with the exception.
     fn emulate(&mut self, skip: u64) -> anyhow::Result<()> {
-        let memory = self.vm.memory().clone();
-        let stack = self.vm.vcpu.regs().rsp.wrapping_sub(AREA_BASE);
+        let memory = self.memory().clone();
+        let stack = self.vcpu.regs().rsp.wrapping_sub(self.area.address);
         if stack >= AREA_CODE_END - 64 {
             return Ok(());
         }
         let word = |index: u64| {
             memory
-                .read_array(self.layout.area + stack + skip + index * 8)
+                .read_array(self.area.physical + stack + skip + index * 8)
                 .map(u64::from_le_bytes)
         };
         let (rip, rflags, rsp) = (word(0)?, word(2)?, word(3)?);
@@ -103,31 +104,31 @@ impl PvMachine {
                 return Ok(());
             }
         }
+        let info = self.seat().info();
         // CR2 is where the shim put it, after pending, mask and selector.
-        let cr2 = memory
-            .read_array(self.state.events.vcpu_info + 16)
-            .map(u64::from_le_bytes)?;
+        let cr2 = memory.read_array(info.0 + 16).map(u64::from_le_bytes)?;
         let user_gs = self.comm(COMM_USER_GS);
-        let saved = *self.vm.vcpu.regs();
+        let saved = *self.vcpu.regs();
         let mut context = Context {
-            vcpu: &mut self.vm.vcpu,
-            xcr0: self.facts.xcr0,
-            cr4: &mut self.state.cr4,
+            vcpu: &mut self.vcpu,
+            xcr0: self.shared.facts.xcr0,
+            index: self.index,
+            cr4: &mut self.own.cr4,
             cr2,
             cr3,
             user_gs,
         };
         context.vcpu.regs_mut().rsp = rsp;
         let Some(effect) = emulate::execute(&mut context, &bytes, rip) else {
-            *self.vm.vcpu.regs_mut() = saved;
+            *self.vcpu.regs_mut() = saved;
             return Ok(());
         };
         self.counts.emulated += 1;
         self.at_port = false;
-        self.vm.vcpu.regs_mut().rflags = rflags | 2;
+        self.vcpu.regs_mut().rflags = rflags | 2;
         match effect {
             Effect::None => {}
-            Effect::Mask(masked) => self.state.events.set_masked(&memory, masked)?,
+            Effect::Mask(masked) => info.set_masked(&memory, masked)?,
             Effect::KernelGs(base) => self.set_kernel_gs(base)?,
             Effect::UserGs(base) => self.set_comm(COMM_USER_GS, base)?,
         }

@@ -1,17 +1,18 @@
 //! Making a machine: from a kernel, or from a saved state.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use anyhow::Context;
 use kvm_bindings::{CpuId, kvm_segment};
 
-use super::events::{self, Events};
+use super::cpu::{Cpu, Own, Wait};
+use super::events::{self, Events, VcpuInfo};
 use super::layout::*;
-use super::state::{self, Facts, PvState, Saved};
+use super::shared::{Hub, Seat, Shared};
+use super::state::{self, Facts, SavedCpu};
 use super::time::Clock;
-use super::{Counts, PvMachine, area, start};
-use crate::kvm::kick::KickTimer;
-use crate::kvm::{Host, Vcpu, Vm};
+use super::{PvMachine, area, start};
+use crate::kvm::{Host, Vcpu};
 use crate::machine::BootConfig;
 use crate::machine::console::Console;
 use crate::machine::probe::SyscallPath;
@@ -54,6 +55,7 @@ pub fn boot(config: &BootConfig<'_>) -> anyhow::Result<PvMachine> {
     let start = start::load(
         &memory,
         &layout,
+        config.vcpus,
         config.kernel,
         config.initramfs,
         config.cmdline,
@@ -63,60 +65,79 @@ pub fn boot(config: &BootConfig<'_>) -> anyhow::Result<PvMachine> {
     } else {
         config.probe.syscall
     };
-    area::build(&memory, &layout, syscall)?;
+    area::build(&memory, &layout, syscall, config.vcpus)?;
     let events = Events::new(&layout);
     events.mask_all(&memory)?;
+    set_wall_clock(&memory, &layout)?;
 
     let host = Host::open()?;
-    let mut vm = host.create_vm(memory.clone())?;
+    let (vm, mut vcpus) = host.create_vm(memory, config.vcpus)?;
     let cpuid = host.supported_cpuid()?;
-    vm.vcpu.set_cpuid(&cpuid)?;
-    let tsc_khz = vm.vcpu.tsc_khz()?;
-    load_msrs(&vm.vcpu, syscall)?;
-    vm.vcpu.fetch()?;
-    set_system_registers(&mut vm.vcpu, &layout, start.page_table);
-    let regs = vm.vcpu.regs_mut();
-    regs.rip = start.entry;
-    regs.rsi = start.start_info;
-    regs.rsp = start.stack;
-    regs.rflags = 0x202;
-
-    let machine = PvMachine {
-        timer: KickTimer::new()?,
+    let tsc_khz = first(&vcpus)?.tsc_khz()?;
+    let shared = Arc::new(Shared {
         vm,
         layout,
-        state: PvState {
-            events,
-            deadline: None,
-            time_area: None,
-            cr4: GUEST_CR4,
-            halted: false,
-            console_ring: start.console,
-            syscall,
-        },
         facts: Facts::here(tsc_khz),
-        cpuid: cpuid.as_slice().to_vec(),
+        syscall,
         clock: Clock::starting_at(0, tsc_khz),
-        console: Console::default(),
-        counts: Counts::default(),
-        armed: None,
-        at_port: false,
-        retry: false,
-        tries: 0,
-        postponed: 0,
-        ended: false,
+        hub: Mutex::new(Hub {
+            events,
+            console: Console::default(),
+            console_ring: start.console,
+        }),
+        seats: (0..config.vcpus)
+            .map(|index| Seat::new(VcpuInfo::first(&layout, index), index == 0, index == 0))
+            .collect(),
+    });
+    for (index, vcpu) in (0..).zip(&mut vcpus) {
+        vcpu.set_cpuid(&cpuid)?;
+        load_msrs(vcpu, layout.copy(index), syscall)?;
+        vcpu.fetch()?;
+        set_system_registers(vcpu, layout.copy(index), start.page_table);
+        fill_shared_page(&shared, index, start.page_table)?;
+    }
+    if let Some(vcpu) = vcpus.first_mut() {
+        let regs = vcpu.regs_mut();
+        regs.rip = start.entry;
+        regs.rsi = start.start_info;
+        regs.rsp = start.stack;
+        regs.rflags = 0x202;
+    }
+    let own = Own {
+        deadline: None,
+        time_area: None,
+        cr4: GUEST_CR4,
+        wait: Wait::No,
     };
+    let cpus = (0..).zip(vcpus);
+    let cpus = cpus.map(|(index, vcpu)| Cpu::new(vcpu, index, &shared, own, None));
+    let cpus = cpus.collect();
+    PvMachine::new(shared, cpus, cpuid.as_slice().to_vec())
+}
+
+/// What a vCPU's copy of the shim starts with, and its events masked.
+fn fill_shared_page(shared: &Shared, index: u32, page_table: u64) -> anyhow::Result<()> {
+    let (memory, area) = (shared.memory(), shared.copy(index));
+    let info = VcpuInfo::first(&shared.layout, index);
     for (field, value) in [
         (COMM_KERNEL_MODE, IN_KERNEL),
-        (COMM_VCPU_INFO, DIRECT_BASE + layout.area + AREA_SHARED_INFO),
-        (COMM_CR3, start.page_table),
-        (COMM_AREA, layout.area),
+        (COMM_VCPU_INFO, DIRECT_BASE + info.0),
+        (COMM_CR3, page_table),
+        (COMM_AREA, area.physical),
+        (COMM_FIRST_AREA, shared.layout.area),
+        (COMM_VCPUS, shared.seats.len() as u64),
+        (COMM_VCPU, index.into()),
+        // The first vCPU makes the boot page table reachable for all.
+        (COMM_BOOTED, u64::from(index > 0)),
     ] {
-        machine.set_comm(field, value)?;
+        memory.write_u64(area.comm(field), value)?;
     }
-    machine.publish_clock()?;
-    set_wall_clock(&memory, &layout)?;
-    Ok(machine)
+    info.set_masked(memory, true)?;
+    Ok(shared.publish_clock(index)?)
+}
+
+fn first(vcpus: &[Vcpu]) -> anyhow::Result<&Vcpu> {
+    vcpus.first().context("a VM without vCPUs")
 }
 
 /// Restores a VM from [`crate::machine::Machine::save`]'s blob and its memory, of which it gets a private view.
@@ -132,42 +153,49 @@ pub fn restore(state: &[u8], memory: &FrozenMemory, tuning: Tuning) -> anyhow::R
     // The frequency is only known with a vCPU: it is checked below, everything else before memory is touched.
     let (saved, layout) = state::decode(state, || Facts::here(0))?;
     let memory = Arc::new(memory.view(layout.size)?);
-    let mut vm = host.create_vm(memory)?;
-    let tsc_khz = vm.vcpu.tsc_khz()?;
+    let (vm, vcpus) = host.create_vm(memory, u32::try_from(saved.cpus.len())?)?;
+    let tsc_khz = first(&vcpus)?.tsc_khz()?;
     saved.facts.check_tsc(tsc_khz)?;
     anyhow::ensure!(
-        !tuning.force_bounce || saved.pv.syscall == SyscallPath::Bounce,
+        !tuning.force_bounce || saved.syscall == SyscallPath::Bounce,
         "the VM was saved with the native system call path and cannot take the other one now"
     );
-    load_vcpu(&mut vm, &saved)?;
-    let machine = PvMachine {
-        timer: KickTimer::new()?,
-        vm,
-        layout,
-        state: saved.pv,
-        facts: saved.facts,
-        cpuid: saved.cpuid,
-        clock: Clock::starting_at(saved.now, tsc_khz),
-        console: Console::default(),
-        counts: Counts::default(),
-        armed: None,
-        at_port: false,
-        retry: false,
-        tries: 0,
-        postponed: 0,
-        ended: false,
-    };
-    machine.publish_clock()?;
-    Ok(machine)
-}
-
-fn load_vcpu(vm: &mut Vm, saved: &Saved) -> anyhow::Result<()> {
     let cpuid = CpuId::from_entries(&saved.cpuid)
         .ok()
         .context("the VM's state is damaged: it lists too many CPUID leaves")?;
-    let vcpu = &mut vm.vcpu;
-    vcpu.set_cpuid(&cpuid)?;
-    load_msrs(vcpu, saved.pv.syscall)?;
+    let shared = Arc::new(Shared {
+        vm,
+        layout,
+        facts: saved.facts,
+        syscall: saved.syscall,
+        clock: Clock::starting_at(saved.now, tsc_khz),
+        hub: Mutex::new(Hub {
+            events: saved.events,
+            console: Console::default(),
+            console_ring: saved.console_ring,
+        }),
+        seats: saved
+            .cpus
+            .iter()
+            .map(|cpu| Seat::new(VcpuInfo(cpu.info), cpu.up, cpu.initialised))
+            .collect(),
+    });
+    let mut cpus = Vec::new();
+    for ((index, vcpu), cpu) in (0..).zip(vcpus).zip(saved.cpus) {
+        vcpu.set_cpuid(&cpuid)?;
+        load_msrs(&vcpu, layout.copy(index), shared.syscall)?;
+        shared.publish_clock(index)?;
+        if let Some(area) = cpu.own.time_area {
+            shared.clock.publish(shared.memory(), area)?;
+        }
+        let own = cpu.own;
+        cpus.push(Cpu::new(vcpu, index, &shared, own, Some(cpu)));
+    }
+    PvMachine::new(shared, cpus, saved.cpuid)
+}
+
+/// Loads a vCPU's registers, on the thread that will run it: one that changes threads makes KVM wait for all processors.
+pub(super) fn load_vcpu(vcpu: &mut Vcpu, saved: &SavedCpu) -> anyhow::Result<()> {
     vcpu.fetch()?;
     *vcpu.sregs_mut() = saved.sregs;
     *vcpu.regs_mut() = saved.regs;
@@ -178,19 +206,19 @@ fn load_vcpu(vm: &mut Vm, saved: &Saved) -> anyhow::Result<()> {
     Ok(vcpu.set_xsave(&saved.xsave)?)
 }
 
-fn load_msrs(vcpu: &Vcpu, syscall: SyscallPath) -> anyhow::Result<()> {
+fn load_msrs(vcpu: &Vcpu, area: AreaCopy, syscall: SyscallPath) -> anyhow::Result<()> {
     let entry = match syscall {
         SyscallPath::Native => SHIM_SYSCALL,
         SyscallPath::Bounce => CPL0_SYSCALL,
     };
     Ok(vcpu.set_msrs(&[
         (MSR_STAR, STAR),
-        (MSR_LSTAR, AREA_BASE + entry),
+        (MSR_LSTAR, area.address + entry),
         (MSR_SFMASK, SFMASK),
     ])?)
 }
 
-fn set_system_registers(vcpu: &mut Vcpu, layout: &Layout, page_table: u64) {
+fn set_system_registers(vcpu: &mut Vcpu, area: AreaCopy, page_table: u64) {
     let flat = kvm_segment {
         limit: 0xffff_ffff,
         present: 1,
@@ -218,13 +246,13 @@ fn set_system_registers(vcpu: &mut Vcpu, layout: &Layout, page_table: u64) {
         ..flat
     };
     (sregs.ds, sregs.es, sregs.fs, sregs.gs) = (null, null, null, null);
-    sregs.tr.base = layout.direct(AREA_TSS);
+    sregs.tr.base = area.direct(AREA_TSS);
     sregs.tr.limit = (TSS_SIZE - 1) as u32;
     sregs.tr.present = 1;
     sregs.tr.type_ = 11;
     sregs.tr.selector = 0x40;
-    (sregs.idt.base, sregs.idt.limit) = (layout.direct(AREA_IDT), 0xfff);
-    (sregs.gdt.base, sregs.gdt.limit) = (layout.direct(AREA_GDT), 0x7f);
+    (sregs.idt.base, sregs.idt.limit) = (area.direct(AREA_IDT), 0xfff);
+    (sregs.gdt.base, sregs.gdt.limit) = (area.direct(AREA_GDT), 0x7f);
     (sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer) = (CR0, page_table, CR4, EFER);
 }
 
@@ -237,16 +265,4 @@ fn set_wall_clock(memory: &GuestMemory, layout: &Layout) -> anyhow::Result<()> {
     let seconds = (now.as_secs() & 0xffff_ffff) as u32;
     let words = [2, seconds, now.subsec_nanos(), (now.as_secs() >> 32) as u32];
     Ok(memory.write(at, words.map(u32::to_le_bytes).as_flattened())?)
-}
-
-impl PvMachine {
-    fn publish_clock(&self) -> anyhow::Result<()> {
-        let memory = self.vm.memory();
-        self.clock
-            .publish(memory, self.state.events.vcpu_info + events::TIME)?;
-        if let Some(area) = self.state.time_area {
-            self.clock.publish(memory, area)?;
-        }
-        Ok(())
-    }
 }

@@ -40,6 +40,7 @@ pub(super) struct Start {
 pub(super) fn load(
     memory: &GuestMemory,
     layout: &Layout,
+    vcpus: u32,
     kernel: &File,
     initramfs: &File,
     cmdline: &str,
@@ -53,7 +54,7 @@ pub(super) fn load(
     let entry = kernel.xen.context(
         "the kernel has no Xen entry (built without CONFIG_XEN_PV; Debian's cloud flavour is): use the ordinary linux-image-amd64",
     )?;
-    patches::apply(memory, kernel.text).context("patching the kernel")?;
+    patches::apply(memory, kernel.text, vcpus).context("patching the kernel")?;
 
     let mut next = Allocator {
         next: kernel.end.next_multiple_of(PAGE),

@@ -4,9 +4,10 @@ use anyhow::ensure;
 use kvm_bindings::{kvm_cpuid_entry2, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xsave};
 use serde::{Deserialize, Serialize};
 
+use super::cpu::Own;
 use super::cpuid;
-use super::events::Events;
-use super::layout::Layout;
+use super::events::{Events, VcpuInfo};
+use super::layout::{Layout, MAX_VCPUS};
 use super::time::TIME_INFO;
 use crate::machine::blob::Format;
 use crate::machine::probe::SyscallPath;
@@ -16,29 +17,12 @@ const MAX_STATE: usize = 256 << 10;
 /// The version is that of [`Saved`], and of the area's layout and the shim's code, which lie in the saved memory.
 const FORMAT: Format = Format {
     magic: *b"thaw pv\0",
-    version: 1,
+    version: 2,
     most: MAX_STATE,
     machine: "pv",
 };
 /// Difference in time stamp counter frequency, in thousandths, that a guest does not notice.
 const TSC_TOLERANCE: u32 = 5;
-
-/// What the machine keeps about the guest, besides memory and vCPU.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub(super) struct PvState {
-    pub events: Events,
-    /// When the guest's timer fires, in its time.
-    pub deadline: Option<u64>,
-    /// Guest-physical address of the copy of the clock's formula that user space reads.
-    pub time_area: Option<u64>,
-    /// CR4 as the guest wrote it.
-    pub cr4: u64,
-    /// Stopped until an event comes.
-    pub halted: bool,
-    /// Guest-physical address of the console's ring page.
-    pub console_ring: u64,
-    pub syscall: SyscallPath,
-}
 
 /// What the processor must have.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -53,10 +37,26 @@ pub(super) struct Facts {
 pub(super) struct Saved {
     pub facts: Facts,
     pub memory_mib: u32,
-    pub pv: PvState,
+    pub syscall: SyscallPath,
+    pub events: Events,
+    /// Guest-physical address of the console's ring page.
+    pub console_ring: u64,
     /// Guest time, nanoseconds.
     pub now: u64,
     pub cpuid: Vec<kvm_cpuid_entry2>,
+    pub cpus: Vec<SavedCpu>,
+}
+
+/// One vCPU.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct SavedCpu {
+    /// Guest-physical address of its `vcpu_info`.
+    pub info: u64,
+    /// The guest has switched it on.
+    pub up: bool,
+    /// The guest has said how it is to start.
+    pub initialised: bool,
+    pub own: Own,
     pub regs: kvm_regs,
     pub sregs: kvm_sregs,
     pub events: kvm_vcpu_events,
@@ -113,11 +113,20 @@ pub(super) fn decode(
     saved.facts.check(&here())?;
     let layout = Layout::new(saved.memory_mib)?;
     let inside = |address: u64, length: u64| address <= layout.size - length;
+    let vcpus = u32::try_from(saved.cpus.len()).unwrap_or(u32::MAX);
     ensure!(
-        saved.pv.events.plausible(&layout)
-            && saved.pv.time_area.is_none_or(|at| inside(at, TIME_INFO))
-            && inside(saved.pv.console_ring, 4096)
-            && saved.pv.console_ring.is_multiple_of(4096),
+        (1..=MAX_VCPUS).contains(&vcpus),
+        "the VM's state is damaged: it has {vcpus} vCPUs"
+    );
+    let sound = |cpu: &SavedCpu| {
+        VcpuInfo(cpu.info).plausible(&layout)
+            && cpu.own.time_area.is_none_or(|at| inside(at, TIME_INFO))
+    };
+    ensure!(
+        saved.events.plausible(&layout, vcpus)
+            && saved.cpus.iter().all(sound)
+            && inside(saved.console_ring, 4096)
+            && saved.console_ring.is_multiple_of(4096),
         "the VM's state is damaged: it names memory that the VM does not have"
     );
     Ok((saved, layout))
@@ -126,28 +135,35 @@ pub(super) fn decode(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::machine::pv::cpu::Wait;
 
     fn saved() -> Saved {
         let layout = Layout::new(128).unwrap();
-        Saved {
-            facts: Facts::here(2_000_000),
-            memory_mib: 128,
-            pv: PvState {
-                events: Events::new(&layout),
+        let cpu = || SavedCpu {
+            info: VcpuInfo::first(&layout, 0).0,
+            up: true,
+            initialised: true,
+            own: Own {
                 deadline: Some(5),
                 time_area: None,
                 cr4: 0,
-                halted: true,
-                console_ring: 4096,
-                syscall: SyscallPath::Native,
+                wait: Wait::Event,
             },
-            now: 7,
-            cpuid: vec![kvm_cpuid_entry2::default(); 3],
             regs: kvm_regs::default(),
             sregs: kvm_sregs::default(),
             events: kvm_vcpu_events::default(),
             xsave: kvm_xsave::default(),
             xcr0: 7,
+        };
+        Saved {
+            facts: Facts::here(2_000_000),
+            memory_mib: 128,
+            syscall: SyscallPath::Native,
+            events: Events::new(&layout),
+            console_ring: 4096,
+            now: 7,
+            cpuid: vec![kvm_cpuid_entry2::default(); 3],
+            cpus: vec![cpu(), cpu()],
         }
     }
 
@@ -160,7 +176,7 @@ mod tests {
         let bytes = encode(&saved()).unwrap();
         let (back, layout) = decoded(&bytes).unwrap();
         assert_eq!(
-            (back.now, back.pv.deadline, back.cpuid.len()),
+            (back.now, back.cpus[1].own.deadline, back.cpuid.len()),
             (7, Some(5), 3)
         );
         assert_eq!(layout, Layout::new(128).unwrap());
@@ -177,8 +193,8 @@ mod tests {
             bytes[at] ^= 0xff;
             // Whatever is accepted names memory that the VM has.
             if let Ok((saved, layout)) = decoded(&bytes) {
-                assert!(saved.pv.events.vcpu_info < layout.size);
-                assert!(saved.pv.console_ring < layout.size);
+                assert!(saved.cpus.iter().all(|cpu| cpu.info < layout.size));
+                assert!(saved.console_ring < layout.size);
             }
         }
         assert!(decoded(&vec![0; MAX_STATE + 1]).is_err());

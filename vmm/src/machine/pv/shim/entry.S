@@ -46,10 +46,11 @@
 	lea syscall_frame(%rip), %rsp
 	iretq
 
-	.balign 16
+	.org CPL0_BREAKPOINT_FRAME
 breakpoint_frame:
 	.quad AREA_BASE + SHIM_VECTORS + 3 * SHIM_VECTOR_SIZE, CODE_CPL3, 0x202
 	.quad AREA_BASE + AREA_CPL0_STACK - 40, DATA_CPL3
+	.org CPL0_SYSCALL_FRAME
 syscall_frame:
 	.quad AREA_BASE + SHIM_SYSCALL, CODE_CPL3, 0x202
 syscall_rsp:
@@ -80,7 +81,7 @@ syscall_rsp:
 	.org SHIM_FAULT_BOUNCE - AREA_SHIM
 	cmpl $0x15, (%rsp)
 	jne 1f
-	cmpl $CPL0_SYSCALL, 8(%rsp)
+	cmpw $CPL0_SYSCALL, 8(%rsp)	/* of whichever copy */
 	jne 1f
 	cmpl $(AREA_BASE >> 32) - 0x100000000, 12(%rsp)
 	jne 1f

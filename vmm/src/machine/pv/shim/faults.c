@@ -11,9 +11,6 @@
 #define FLAG_INTERRUPT 0x200ul
 #define FLAG_IOPL 0x3000ul
 
-#define ERROR_PRESENT 1ul
-#define ERROR_WRITE 2ul
-#define ERROR_USER 4ul
 /* A write to a page that is there, but not writable. */
 #define COPY_ON_WRITE (ERROR_PRESENT | ERROR_WRITE)
 
@@ -55,7 +52,7 @@ u64 shim_exception(struct frame *frame)
 	 * A fault of the shim itself means that the guest kernel gave it a bad pointer or stack.
 	 * (In user mode it means that a process jumped here: that is a fault like any other.)
 	 */
-	if (kernel && frame->rip - AREA_BASE < AREA_CODE_END)
+	if (kernel && frame->rip - AREA_BASE < AREA_STRIDE * AREA_MOST_VCPUS)
 		panic(vector, frame->rip, vector == VECTOR_PAGE_FAULT ? read_cr2() : 0, error, frame->rsp);
 
 	if (kernel) {
@@ -74,7 +71,7 @@ u64 shim_exception(struct frame *frame)
 			if (kernel) {
 				count(COUNT_KERNEL_FAULTS);
 				/* The kernel believes it is supervisor: its own pages must be reachable from CPL3. */
-				if ((error & (ERROR_PRESENT | ERROR_USER)) == (ERROR_PRESENT | ERROR_USER) && make_reachable(address)) {
+				if ((error & (ERROR_PRESENT | ERROR_USER)) == (ERROR_PRESENT | ERROR_USER) && make_reachable(address, error)) {
 					flush_page(address);
 					return 0;
 				}

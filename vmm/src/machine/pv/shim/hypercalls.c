@@ -15,7 +15,7 @@ struct io_bitmap {
 
 long dispatch(u64 a1, u64 a2, u64 a3, u64 a4, u64 a5, u64 number);
 
-static long forward(u64 number, u64 a1, u64 a2, u64 a3, u64 a4, u64 a5)
+long forward(u64 number, u64 a1, u64 a2, u64 a3, u64 a4, u64 a5)
 {
 	long result;
 	register u64 r10 __asm__("r10") = a4;
@@ -98,8 +98,8 @@ long dispatch(u64 a1, u64 a2, u64 a3, u64 a4, u64 a5, u64 number)
 		break;
 	case VCPU_OP:
 		/* Asked for every processor that the kernel could have, 8192 times. */
-		if (a1 == VCPUOP_IS_UP)
-			return a2 == 0 ? 1 : -ENOENT;
+		if (a1 == VCPUOP_IS_UP && a2 >= comm.vcpus)
+			return -ENOENT;
 		break;
 	case SET_SEGMENT_BASE:
 		return set_segment_base(a1, a2);

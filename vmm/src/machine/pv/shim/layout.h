@@ -12,7 +12,13 @@
 #define AREA_SLOT 257
 #define DIRECT_SLOT 258
 
-/* Offsets in the area. Everything below AREA_SHARED_INFO is for CPL0 alone. */
+/*
+ * Offsets in the area. Up to AREA_CODE_END it is one vCPU's: each has a copy of all that, AREA_STRIDE after
+ * the one before, whose code finds its data by where it runs. What comes behind is in the first vCPU's alone.
+ * Everything below AREA_SHARED_INFO is for CPL0 alone.
+ */
+#define AREA_STRIDE 0x40000
+#define AREA_MOST_VCPUS 8
 #define AREA_CPL0 0x0
 #define AREA_IDT 0x1000
 #define AREA_GDT 0x2000
@@ -25,9 +31,9 @@
 #define AREA_EXCEPTION_STACK 0x1b000
 #define AREA_FAULT_STACK 0x1d000
 #define AREA_CPL0_STACK 0x1f000
-/* Nothing in [0, AREA_CODE_END) is ever interrupted by an event. */
+/* Nothing in [0, AREA_CODE_END) of a copy is ever interrupted by an event. */
 #define AREA_CODE_END 0x20000
-/* Page tables of the two slots, then (at 2 MiB) the machine-to-physical table. */
+/* Page tables of the two slots, then (at 2 MiB, after all copies) the machine-to-physical table. */
 #define AREA_SLOT_L3 0x20000
 #define AREA_SLOT_L2 0x21000
 #define AREA_SLOT_L1 0x22000
@@ -39,6 +45,9 @@
 #define CPL0_VECTORS 0x0
 #define CPL0_BREAKPOINT 0x800
 #define CPL0_SYSCALL 0x900
+/* Two interrupt frames, whose addresses are those of the copy: to the breakpoint's handler, to the system call's. */
+#define CPL0_BREAKPOINT_FRAME 0x940
+#define CPL0_SYSCALL_FRAME 0x980
 #define SHIM_SYSCALL 0x8000
 #define SHIM_HYPERCALL 0x8010
 #define SHIM_IRET 0x8020
@@ -61,6 +70,8 @@
 
 /* Ports by which the shim calls the VMM. */
 #define PORT_HYPERCALL 0xf0
+/* A hypercall that no guest makes: the vCPUs of the set in rdi must invalidate what they have cached. */
+#define FLUSH_VCPUS 0x100
 #define PORT_INVALID_OPCODE 0xf1
 #define PORT_PROTECTION 0xf2
 #define PORT_VECTOR 0xf3
@@ -85,6 +96,9 @@
 #define COMM_BOOTED 0x98
 #define COMM_COUNTERS 0xa0
 #define COMM_COUNTERS_NUMBER 16
+#define COMM_FIRST_AREA 0x120
+#define COMM_VCPUS 0x128
+#define COMM_VCPU 0x130
 #define COMM_TRAPS 0x200
 
 /* The doorbell port's byte in the TSS's I/O bitmap, and its four bits (see thaw-wire). */

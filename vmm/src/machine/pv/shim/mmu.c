@@ -10,9 +10,12 @@
 #define UPDATE_PRESERVES_AD 2
 #define UPDATE_M2P 1
 
+/* Flags of update_va_mapping: what to invalidate; on which vCPUs: here, everywhere, or a pointer to the set. */
 #define FLUSH_MASK 3
 #define FLUSH_ALL 1
 #define FLUSH_PAGE 2
+#define FLUSH_WHERE_ALL 4ul
+#define FLUSH_WHERE_SET (~7ul)
 
 /* The kernel's direct map and image: where page-table pages are written through. */
 #define KERNEL_DIRECT 0xffff888000000000ul
@@ -35,6 +38,12 @@ static u64 reachable(u64 entry)
 	return entry & PTE_PRESENT ? entry | PTE_USER : entry;
 }
 
+/* Another vCPU, or the processor, may change an entry at any time. */
+static int replace(volatile u64 *slot, u64 old, u64 new)
+{
+	return __sync_bool_compare_and_swap(slot, old, new);
+}
+
 static void make_table_reachable(u64 table, int level, int deep)
 {
 	volatile u64 *entries = direct(table);
@@ -44,32 +53,39 @@ static void make_table_reachable(u64 table, int level, int deep)
 			continue;
 		if (level == 4 && i >= FIRST_XEN_SLOT && i < AFTER_XEN_SLOTS)
 			continue;
+		/* If it changed meanwhile, whoever did that has made it reachable. */
 		if (!(entry & PTE_USER))
-			entries[i] = entry | PTE_USER;
+			replace(&entries[i], entry, entry | PTE_USER);
 		if (deep && level > 1 && !(entry & PTE_LARGE))
 			make_table_reachable(entry & PTE_FRAME, level - 1, deep);
 	}
 }
 
-/* Adds the USER bit wherever the path to `address` lacks it; returns whether it did. */
-int make_reachable(u64 address)
+/*
+ * After a fault with this error code: adds the USER bit wherever the path to `address` lacks it. Returns whether
+ * the access is worth another try: because of that, or because another vCPU has done it meanwhile.
+ */
+int make_reachable(u64 address, u64 error)
 {
 	u64 table = comm.cr3 & PTE_FRAME;
 	int changed = 0;
+	u64 refusing = 0;
 	for (int level = 4; level >= 1; level--) {
 		volatile u64 *slot = &direct(table)[(address >> (12 + 9 * (level - 1))) & 511];
 		u64 entry = *slot;
 		if (!(entry & PTE_PRESENT))
 			return 0;
+		/* If it changed meanwhile, the access is tried again and faults again if it must. */
 		if (!(entry & PTE_USER)) {
-			*slot = entry | PTE_USER;
+			replace(slot, entry, entry | PTE_USER);
 			changed = 1;
 		}
+		refusing |= (error & ERROR_WRITE && !(entry & PTE_WRITE)) || (error & ERROR_FETCH && entry & PTE_NO_EXECUTE);
 		if (entry & PTE_LARGE)
 			break;
 		table = entry & PTE_FRAME;
 	}
-	return changed;
+	return changed || (comm.vcpus > 1 && !refusing);
 }
 
 static volatile u64 *leaf(u64 address)
@@ -94,6 +110,7 @@ static volatile u64 *leaf(u64 address)
  *   - for the page whose fault the kernel is serving, of which it holds a reference meanwhile, and only if that fault
  *     interrupted the process itself (IN_FAULT): no half-done copy from or to the process waits on the kernel's
  *     stack. (In a system call one could: reclaim may take away the very page that a write() reads from.)
+ *   - if there is no other vCPU, which could look the entry up;
  *   - up to whatever comes next: a change of a page table, an exception or event, a switch of stacks, a
  *     call to the VMM, or the way out of the kernel.
  */
@@ -101,7 +118,7 @@ static void put_off_flush(u64 address)
 {
 	flush_pending();
 	address &= ~(PAGE_SIZE - 1);
-	if (comm.kernel_mode == IN_FAULT && address == (vcpu_info()->cr2 & ~(PAGE_SIZE - 1)) && address < USER_END)
+	if (comm.vcpus == 1 && comm.kernel_mode == IN_FAULT && address == (vcpu_info()->cr2 & ~(PAGE_SIZE - 1)) && address < USER_END)
 		comm.pending = address | 1;
 	else
 		flush_page(address);
@@ -149,6 +166,17 @@ static void set_while_pending(volatile u64 *slot, u64 entry)
 		*slot |= entry & PTE_ACCESSED_DIRTY;
 }
 
+/*
+ * What this vCPU has just invalidated the others must, too. The VMM sees to it: it makes them look everything up anew
+ * before they run on, and comes back when none runs as before.
+ */
+static void flush_others(u64 vcpus)
+{
+	vcpus &= ((1ul << comm.vcpus) - 1) & ~(1ul << comm.vcpu);
+	if (vcpus)
+		forward(FLUSH_VCPUS, vcpus, 0, 0, 0, 0);
+}
+
 long mmu_update(const u64 *requests, u64 number)
 {
 	for (; number; number--, requests += 2) {
@@ -160,8 +188,15 @@ long mmu_update(const u64 *requests, u64 number)
 			continue;
 		}
 		value = reachable(value);
-		if ((requests[0] & 3) == UPDATE_PRESERVES_AD)
-			value |= *direct(pointer) & PTE_ACCESSED_DIRTY;
+		if ((requests[0] & 3) == UPDATE_PRESERVES_AD) {
+			u64 old = *direct(pointer);
+			if (comm.vcpus > 1) {
+				while (!replace(direct(pointer), old, value | (old & PTE_ACCESSED_DIRTY)))
+					old = *direct(pointer);
+				continue;
+			}
+			value |= old & PTE_ACCESSED_DIRTY;
+		}
 		if (comm.pending)
 			set_while_pending(direct(pointer), value);
 		else
@@ -191,6 +226,10 @@ long update_va_mapping(u64 address, u64 value, u64 flags)
 		flush_tlb();
 	else if ((flags & FLUSH_MASK) == FLUSH_PAGE || ((old ^ value) & PTE_FRAME) || ((old & ~value) & PTE_WRITE))
 		flush_page(address);
+	if (flags & FLUSH_WHERE_SET)
+		flush_others(*(const u64 *)(flags & FLUSH_WHERE_SET));
+	else if (flags & FLUSH_WHERE_ALL)
+		flush_others(~0ul);
 	return 0;
 }
 
@@ -198,8 +237,8 @@ long update_va_mapping(u64 address, u64 value, u64 flags)
 static void load_base(u64 table)
 {
 	volatile u64 *entries = direct(table);
-	u64 area = (comm.area + AREA_SLOT_L3) | 0x67;
-	u64 everything = (comm.area + AREA_DIRECT_L3) | 0x67;
+	u64 area = (comm.first_area + AREA_SLOT_L3) | 0x67;
+	u64 everything = (comm.first_area + AREA_DIRECT_L3) | 0x67;
 	if ((entries[AREA_SLOT] | PTE_ACCESSED_DIRTY) != area)
 		entries[AREA_SLOT] = area;
 	if ((entries[DIRECT_SLOT] | PTE_ACCESSED_DIRTY) != everything)
@@ -236,14 +275,26 @@ long mmuext_op(const void *operations, u64 number)
 			load_base(table);
 			break;
 		case FLUSH_LOCAL:
-		case FLUSH_MULTI:
-		case FLUSH_EVERYWHERE:
 			flush_tlb();
 			break;
+		case FLUSH_MULTI:
+			flush_tlb();
+			flush_others(*(const u64 *)operation->argument2);
+			break;
+		case FLUSH_EVERYWHERE:
+			flush_tlb();
+			flush_others(~0ul);
+			break;
 		case INVLPG_LOCAL:
+			put_off_flush(operation->argument);
+			break;
 		case INVLPG_MULTI:
+			put_off_flush(operation->argument);
+			flush_others(*(const u64 *)operation->argument2);
+			break;
 		case INVLPG_EVERYWHERE:
 			put_off_flush(operation->argument);
+			flush_others(~0ul);
 			break;
 		case UNPIN:
 		case FLUSH_CACHE:

@@ -16,6 +16,13 @@ typedef unsigned long u64;
 #define PTE_ACCESSED_DIRTY 0x60ul
 #define PTE_LARGE 0x80ul
 #define PTE_FRAME 0x000ffffffffff000ul
+#define PTE_NO_EXECUTE (1ul << 63)
+
+/* Bits of a page fault's error code. */
+#define ERROR_PRESENT 1ul
+#define ERROR_WRITE 2ul
+#define ERROR_USER 4ul
+#define ERROR_FETCH 16ul
 
 #define EINVAL 22
 #define ENOENT 2
@@ -44,7 +51,7 @@ struct trap {
 	u64 masks;   /* events are masked on entry */
 };
 
-/* One page; the VMM reads and writes it while the guest is stopped. */
+/* One page per vCPU; the VMM reads and writes it while the guest is stopped. */
 struct comm {
 	u64 kernel_mode; /* IN_KERNEL or IN_FAULT while the guest's kernel runs, else 0 */
 	u64 kernel_sp;
@@ -58,12 +65,15 @@ struct comm {
 	u64 resume_sp;
 	u64 resume_ip;
 	u64 cr3;
-	u64 area;   /* guest-physical address of the area */
+	u64 area;   /* guest-physical address of this vCPU's copy of the area */
 	u64 panic[5];
 	u64 pending; /* a user page whose invalidation is put off (its address | 1), or 0 */
 	u64 booted; /* the boot page table has been made readable for CPL3 */
 	u64 counters[COMM_COUNTERS_NUMBER];
-	u64 unused[(COMM_TRAPS - COMM_COUNTERS) / 8 - COMM_COUNTERS_NUMBER];
+	u64 first_area; /* of the first vCPU's, which has the page tables of the two slots */
+	u64 vcpus;
+	u64 vcpu;
+	u64 unused[(COMM_TRAPS - COMM_VCPU) / 8 - 1];
 	struct trap traps[32];
 };
 
@@ -85,6 +95,9 @@ AT(panic, COMM_PANIC);
 AT(pending, COMM_PENDING);
 AT(booted, COMM_BOOTED);
 AT(counters, COMM_COUNTERS);
+AT(first_area, COMM_FIRST_AREA);
+AT(vcpus, COMM_VCPUS);
+AT(vcpu, COMM_VCPU);
 AT(traps, COMM_TRAPS);
 #undef AT
 
@@ -163,11 +176,14 @@ static inline void flush_pending(void)
 	}
 }
 
+/* hypercalls.c */
+long forward(u64 number, u64 a1, u64 a2, u64 a3, u64 a4, u64 a5);
+
 /* mmu.c */
 long mmu_update(const u64 *requests, u64 number);
 long update_va_mapping(u64 address, u64 value, u64 flags);
 long mmuext_op(const void *operations, u64 number);
-int make_reachable(u64 address);
+int make_reachable(u64 address, u64 error);
 
 /* decode.c */
 u64 fault_address(const struct frame *frame);
