@@ -79,6 +79,12 @@ pub(super) async fn sessions(
             u32::try_from(processors).unwrap_or(u32::MAX),
         )
         .map_err(|why| exit::with(exit::CONFIG, anyhow!(why)))?;
+    if templates.machine() == MachineKind::Pv && session.max_vcpus > 1 {
+        tracing::warn!(
+            max_vcpus = session.max_vcpus,
+            "VMs may have several vCPUs on the pv machine: programs that compute on them gain, those whose threads wake one another lose (docs/design.md)"
+        );
+    }
     let shape = session.pool_shape();
     let template = templates
         .get(shape.memory_mib, shape.vcpus)

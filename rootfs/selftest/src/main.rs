@@ -12,6 +12,7 @@ mod hostile;
 mod memory;
 mod micro;
 mod processes;
+mod processors;
 mod signals;
 mod stress;
 mod threads;
@@ -38,6 +39,7 @@ fn all() -> Vec<&'static Check> {
         fpu::CHECKS,
         memory::CHECKS,
         processes::CHECKS,
+        processors::CHECKS,
     ];
     rooms.into_iter().flatten().collect()
 }

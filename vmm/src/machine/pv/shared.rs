@@ -121,8 +121,24 @@ impl Seat {
     /// The order matters, as in [`Shared::flush`]: whoever asks for that either sees it in the guest and kicks it, or has
     /// asked before this looks.
     pub(super) fn enter(&self) -> bool {
+        self.announce();
+        self.look()
+    }
+
+    fn announce(&self) {
         self.in_guest.store(true, Ordering::SeqCst);
+    }
+
+    fn look(&self) -> bool {
         self.stale.swap(false, Ordering::SeqCst)
+    }
+
+    fn mark_stale(&self) {
+        self.stale.store(true, Ordering::SeqCst);
+    }
+
+    fn is_in_guest(&self) -> bool {
+        self.in_guest.load(Ordering::SeqCst)
     }
 
     /// Says that it is back.
@@ -131,7 +147,7 @@ impl Seat {
     }
 
     fn runs_stale(&self) -> bool {
-        self.stale.load(Ordering::SeqCst) && self.in_guest.load(Ordering::SeqCst)
+        self.stale.load(Ordering::SeqCst) && self.is_in_guest()
     }
 }
 
@@ -205,8 +221,8 @@ impl Shared {
                 .map(|(_, seat)| seat)
         };
         for seat in others() {
-            seat.stale.store(true, Ordering::SeqCst);
-            if seat.in_guest.load(Ordering::SeqCst) {
+            seat.mark_stale();
+            if seat.is_in_guest() {
                 seat.kick();
             }
         }
@@ -236,11 +252,52 @@ mod tests {
     fn a_vcpu_that_comes_back_after_it_was_told_has_dropped_its_translations() {
         let seat = Seat::default();
         assert!(!seat.enter());
-        seat.stale.store(true, Ordering::SeqCst);
+        seat.mark_stale();
         assert!(seat.runs_stale());
         seat.leave();
         assert!(!seat.runs_stale());
         assert!(seat.enter());
         assert!(!seat.runs_stale());
+    }
+
+    /// Every way in which two steps of a vCPU that goes into the guest and two of one that asks it to forget can mix: the
+    /// first must look, or the second must see that it has to kick. How many times neither happened.
+    fn lost(enter: [fn(&Seat) -> bool; 2], ask: [fn(&Seat) -> bool; 2]) -> usize {
+        // Which of the four moments are the first vCPU's.
+        let orders = [
+            [true, true, false, false],
+            [true, false, true, false],
+            [true, false, false, true],
+            [false, true, true, false],
+            [false, true, false, true],
+            [false, false, true, true],
+        ];
+        let unseen = orders.into_iter().filter(|order| {
+            let seat = Seat::default();
+            let (mut enter, mut ask) = (enter.iter(), ask.iter());
+            let noticed = order.map(|first| {
+                let step = if first { enter.next() } else { ask.next() };
+                step.is_some_and(|step| step(&seat))
+            });
+            !noticed.contains(&true)
+        });
+        unseen.count()
+    }
+
+    #[test]
+    fn one_that_is_to_forget_looks_or_is_kicked_and_either_order_swapped_loses_it() {
+        let announce = |seat: &Seat| {
+            seat.announce();
+            false
+        };
+        let look = |seat: &Seat| seat.look();
+        let mark = |seat: &Seat| {
+            seat.mark_stale();
+            false
+        };
+        let check = |seat: &Seat| seat.is_in_guest();
+        assert_eq!(lost([announce, look], [mark, check]), 0);
+        assert!(lost([look, announce], [mark, check]) > 0);
+        assert!(lost([announce, look], [check, mark]) > 0);
     }
 }
