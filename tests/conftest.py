@@ -9,6 +9,15 @@ import pytest
 import harness
 
 
+def pytest_collection_modifyitems(config, items):
+    if harness.SLOW == 1:
+        return
+    for item in items:
+        marker = item.get_closest_marker("timeout")
+        bound = marker.args[0] if marker else float(config.getini("timeout"))
+        item.add_marker(pytest.mark.timeout(bound * harness.SLOW), append=False)
+
+
 def pytest_sessionstart(session):
     thaw = harness.THAW
     if not thaw or not os.access(thaw, os.X_OK):

@@ -21,12 +21,14 @@ import time
 import requests
 
 THAW = os.environ.get("THAW_BIN", "")
+# How many times slower this host is than those that bounds and amounts in the tests are made for: an emulated one says so.
+SLOW = int(os.environ.get("THAW_SLOW", "1"))
 PREPARED = pathlib.Path(os.environ.get("THAW_TEST_DATA", "") or ".").resolve()
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 # A first start on a busy host may have to build its template.
-START_BOUND = 240
-STOP_BOUND = 60
+START_BOUND = 240 * SLOW
+STOP_BOUND = 60 * SLOW
 
 LIVE = []
 
@@ -198,10 +200,10 @@ class Client:
             self.http.headers["X-API-Key"] = key
 
     def get(self, path, **more):
-        return self.http.get(self.url + path, timeout=more.pop("timeout", 60), **more)
+        return self.http.get(self.url + path, timeout=SLOW * more.pop("timeout", 60), **more)
 
     def post(self, path, body=None, **more):
-        return self.http.post(self.url + path, json=body, timeout=more.pop("timeout", 90), **more)
+        return self.http.post(self.url + path, json=body, timeout=SLOW * more.pop("timeout", 90), **more)
 
     def session(self, **spec):
         reply = self.post("/v1/sessions/session", {"api_key": self.key, **spec})
@@ -367,6 +369,7 @@ class Vm:
 
 def wait_for(true, what, bound=30, pause=0.05):
     """Until `true()` is; gives what it gave."""
+    bound *= SLOW
     until = time.monotonic() + bound
     while True:
         found = true()

@@ -7,9 +7,9 @@ import time
 
 import websockets
 
-from harness import wait_for
+from harness import SLOW, wait_for
 
-CONFIG = {"session.pool.low": 0, "session.pool.high": 0, "snapshot.hibernate_after_s": 1, "session.max_waiting": 200, "snapshot.max_per_tenant": 8}
+CONFIG = {"session.pool.low": 0, "session.pool.high": 0, "snapshot.hibernate_after_s": SLOW, "session.max_waiting": 200, "snapshot.max_per_tenant": 8}
 
 
 def status(session):
@@ -100,13 +100,13 @@ def terminal(server, session, command):
 def test_a_session_that_is_used_or_looked_at_stays(start_server):
     server = start_server(config=CONFIG)
     session = server.client().session(vm_lifetime_seconds=3600)
-    long = session.python("import time; time.sleep(3); print('done')")
+    long = session.python(f"import time; time.sleep({3 * SLOW}); print('done')")
     assert long["stdout"] == "done\n"
     _, url = terminal(server, session, "cat")
 
     async def look():
         async with websockets.connect(url):
-            await asyncio.sleep(3)
+            await asyncio.sleep(3 * SLOW)
             assert status(session) == "active"
 
     asyncio.run(look())
@@ -122,7 +122,7 @@ def test_terminals_sleep_and_wake_with_their_session(start_server):
     async def until(ws, wanted):
         seen = b""
         while wanted not in seen:
-            seen += await asyncio.wait_for(ws.recv(), 30)
+            seen += await asyncio.wait_for(ws.recv(), 30 * SLOW)
         return seen
 
     async def before():
@@ -171,7 +171,7 @@ def test_terminals_of_a_suspended_vm_are_there_after_a_restart(start_server):
             await ws.send(line)
             seen = b""
             while wanted not in seen:
-                seen += await asyncio.wait_for(ws.recv(), 30)
+                seen += await asyncio.wait_for(ws.recv(), 30 * SLOW)
 
     asyncio.run(say(url, b"mine=$((40 + 2)); echo r$mine\n", b"r42"))
     asleep(session)
@@ -194,7 +194,7 @@ def test_whoever_looks_at_a_terminal_stays_through_a_suspension(start_server):
     async def look():
         async with websockets.connect(url) as ws:
             await ws.send(b"one\n")
-            while b"one" not in await asyncio.wait_for(ws.recv(), 30):
+            while b"one" not in await asyncio.wait_for(ws.recv(), 30 * SLOW):
                 pass
             act = lambda what: asyncio.to_thread(session.client.post, f"/v1/vms/{vm}/{what}", {})
             assert (await act("suspend")).status_code == 200
@@ -203,7 +203,7 @@ def test_whoever_looks_at_a_terminal_stays_through_a_suspension(start_server):
             assert (await act("resume")).status_code == 200
             seen = b""
             while seen.count(b"two") < 2:
-                seen += await asyncio.wait_for(ws.recv(), 30)
+                seen += await asyncio.wait_for(ws.recv(), 30 * SLOW)
 
     asyncio.run(look())
 

@@ -10,10 +10,10 @@ import time
 
 import pytest
 
-from harness import THAW, Vm, wait_for
+from harness import SLOW, THAW, Vm, wait_for
 
 # As many as THAW_KILLS says: CI is content with fewer than the figure of docs/operations.md.
-KILLS = int(os.environ.get("THAW_KILLS", "25"))
+KILLS = int(os.environ.get("THAW_KILLS", str(max(5, 25 // SLOW))))
 SEED = int(os.environ.get("THAW_SEED", "0")) or random.randrange(1 << 30)
 
 CONFIG = {"session.pool.low": 1, "session.pool.high": 1, "snapshot.disk_floor_mib": 0}
@@ -126,7 +126,7 @@ class Killing:
         else:
             victim = "server"
             self.server.kill()
-        thread.join(timeout=60)
+        thread.join(timeout=60 * SLOW)
         assert not thread.is_alive()
         if victim == "server":
             self.server.restart()

@@ -4,7 +4,9 @@ import pathlib
 import random
 from concurrent.futures import ThreadPoolExecutor
 
-COUNT = 200
+from harness import SLOW
+
+COUNT = 200 // SLOW
 
 CONFIG = {"session.max_vms": COUNT + 10, "session.pool.low": 4, "session.pool.high": 8}
 

@@ -18,13 +18,14 @@ def program():
     return path.read_bytes()
 
 
-def run_selftest(session, checks=""):
-    out = session.bash(f"{PATH} {checks}", timeout=280)
-    last = out["stdout"].strip().splitlines()[-1:]
-    failed = [line for line in out["stdout"].splitlines() if line.startswith("FAIL")]
-    assert last and re.fullmatch(r"\d+ passed, 0 failed", last[0]), f"exit {out['exit_code']} {failed}\n{out['stdout'][-3000:]}{out['stderr'][-2000:]}"
-    assert out["exit_code"] == 0
-    assert int(last[0].split()[0]) > 10
+def run_selftest(session, checks=("",)):
+    # Not at once: all of them may take longer than a command.
+    names = [name for name in session.bash(f"{PATH} list")["stdout"].split() if name.startswith(checks)]
+    assert len(names) > 10
+    for some in (names[at : at + 8] for at in range(0, len(names), 8)):
+        out = session.bash(f"{PATH} {' '.join(some)}", timeout=280)
+        assert re.search(r"\n\d+ passed, 0 failed\n$", out["stdout"]), out
+        assert out["exit_code"] == 0
 
 
 def test_the_self_test_passes_in_a_session(session, program):
@@ -32,14 +33,13 @@ def test_the_self_test_passes_in_a_session(session, program):
     run_selftest(session)
 
 
-@pytest.mark.parametrize("vcpus", [2, 4])
-def test_it_passes_on_several_vcpus(server, program, vcpus):
-    session = server.client().session(vcpu_count=vcpus, vm_lifetime_seconds=600)
+def test_it_passes_on_several_vcpus(server, program):
+    session = server.client().session(vcpu_count=4, vm_lifetime_seconds=600)
     session.upload(PATH, program)
-    assert session.bash("nproc")["stdout"] == f"{vcpus}\n"
+    assert session.bash("nproc")["stdout"] == "4\n"
     # What several processors can get wrong. (The others pass as well, some in a hundred times the time: threads that
     # wake each other do so across the host.)
-    run_selftest(session, "processors threads futex-timeout memory fork vfork fpu segment debugger-breakpoint int3")
+    run_selftest(session, ("processors", "threads", "futex-timeout", "memory", "fork", "vfork", "fpu", "segment", "int3"))
     session.kill()
 
 
