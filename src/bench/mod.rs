@@ -12,3 +12,4 @@ pub mod samples;
 pub mod server;
 pub mod streams;
 pub mod tapes;
+pub mod vcpus;

@@ -31,6 +31,18 @@ impl Server {
     /// # Errors
     /// It does not come up; the end of its log says why.
     pub fn start(data_dir: &Path, image: &str) -> anyhow::Result<Self> {
+        Self::start_with(data_dir, image, &[])
+    }
+
+    /// The same with settings of its own, as variables of its environment.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub fn start_with(
+        data_dir: &Path,
+        image: &str,
+        settings: &[(&str, &str)],
+    ) -> anyhow::Result<Self> {
         let dir = tempfile::tempdir()?;
         for name in ["images", "templates"] {
             let shared = data_dir.join(name);
@@ -60,6 +72,7 @@ impl Server {
             .env("THAW_DEFAULT_PLAN_REQUESTS_PER_MINUTE", "10000000")
             .env("THAW_DEFAULT_PLAN_BURST", "1000000")
             .env("THAW_DEFAULT_PLAN_MAX_VMS", "1000")
+            .envs(settings.iter().copied())
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(std::fs::File::create(&log)?)
@@ -159,7 +172,15 @@ impl Server {
     /// # Errors
     /// The server refuses.
     pub fn session(&self) -> anyhow::Result<String> {
-        let body = json!({"api_key": self.key, "vm_lifetime_seconds": 3600});
+        self.session_with(1)
+    }
+
+    /// Makes a session whose VM has so many vCPUs.
+    ///
+    /// # Errors
+    /// The server refuses.
+    pub fn session_with(&self, vcpus: u32) -> anyhow::Result<String> {
+        let body = json!({"api_key": self.key, "vm_lifetime_seconds": 3600, "vcpu_count": vcpus});
         let reply = self.post("/v1/sessions/session", &body)?;
         Ok(reply["session_id"]
             .as_str()

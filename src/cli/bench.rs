@@ -10,7 +10,7 @@ use super::{DataDir, exit};
 use crate::bench::facts::Facts;
 use crate::bench::samples::Samples;
 use crate::bench::server::Server;
-use crate::bench::{cases, forks, peer, restore, streams, tapes};
+use crate::bench::{cases, forks, peer, restore, streams, tapes, vcpus};
 use crate::image::Image;
 
 /// Measure this host: starts what it needs by itself and ends it again.
@@ -26,6 +26,7 @@ use crate::image::Image;
   thaw bench files      100 MiB into a VM and out again
   thaw bench fork       8 forks of a VM with 20 MiB of its own, its wake from disk, its snapshot's size
   thaw bench tape       what recording a session costs its commands
+  thaw bench vcpus      the same work on one vCPU and on two, in turn
   thaw bench peer       restores by thaw and by a Firecracker of yours (--firecracker PATH), in turn
 Figures are for this host and this minute: compare what was measured in one run.")]
 pub struct BenchArgs {
@@ -62,6 +63,7 @@ enum Case {
     Files,
     Fork,
     Tape,
+    Vcpus,
     Peer,
 }
 
@@ -104,6 +106,19 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<ExitCode> {
             report.samples(peer)?;
             let ratio = thaw.percentile(50)? as f64 / peer.percentile(50)? as f64;
             report.figure("thaw / Firecracker, medians", ratio, "x");
+        }
+        return Ok(ExitCode::SUCCESS);
+    }
+    if let Case::Vcpus = args.case {
+        let settings = [("THAW_SESSION_MAX_VCPUS", "2")];
+        let server = Server::start_with(&data_dir, &args.image, &settings)?;
+        let pairs = vcpus::measure(&server, runs(20))?;
+        report.facts(&facts);
+        for pair in &pairs {
+            report.samples(&pair.one)?;
+            report.samples(&pair.two)?;
+            let ratio = pair.two.percentile(50)? as f64 / pair.one.percentile(50)? as f64;
+            report.figure("2 vCPUs / 1, medians", ratio, "x");
         }
         return Ok(ExitCode::SUCCESS);
     }
@@ -177,7 +192,7 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<ExitCode> {
                 report.samples(samples)?;
             }
         }
-        Case::Restore | Case::Peer => {}
+        Case::Restore | Case::Peer | Case::Vcpus => {}
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -213,6 +213,12 @@ impl Vcpu {
         }
     }
 
+    /// Whether a signal arrived that [`Self::run`] or [`Self::wait`] have not told of.
+    #[must_use]
+    pub fn is_interrupted(&self) -> bool {
+        self.flag().load(Ordering::Relaxed) != 0
+    }
+
     /// Waits where a halted guest would: until a signal, or for so long. Not at all if a signal arrived since
     /// [`Self::run`] or this last told of one.
     ///

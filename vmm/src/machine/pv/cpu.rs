@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::layout::*;
 use super::setup;
-use super::shared::{Seat, Shared};
+use super::shared::{Place, Seat, Shared};
 use super::state::SavedCpu;
 use crate::kvm::kick::{self, KickTimer};
 use crate::kvm::{InterruptHandle, KvmError, Stop, Vcpu};
@@ -20,6 +20,10 @@ use crate::memory::GuestMemory;
 /// A bit of CR3 that means nothing here (the page table's cache policy). KVM drops all that it knows of a vCPU's page
 /// tables when it is told of another CR3, which no other request from outside the guest makes it do.
 const CR3_TOGGLED: u64 = 8;
+
+/// How long a vCPU that has nothing to do looks for events before it sleeps, while another runs: about what it takes the
+/// host to wake a thread. A yield between two looks leaves the processor to whoever else wants it.
+const WATCH: Duration = Duration::from_micros(100);
 
 /// What a vCPU that does not run waits for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -204,12 +208,11 @@ impl Cpu {
 
     /// Whether the guest has switched it on; if it has just now, its first registers are loaded.
     fn is_on(&mut self) -> anyhow::Result<bool> {
-        let on = self.seat().is_up();
-        self.seat().waiting.store(!on, Ordering::SeqCst);
-        if !on {
+        if !self.seat().is_up() {
             self.disarm();
             return Ok(false);
         }
+        self.seat().set_place(Place::Runs);
         let Some(first) = lock(&self.seat().first).take() else {
             return Ok(true);
         };
@@ -221,20 +224,8 @@ impl Cpu {
 
     /// Whether the halted guest has something to do; if not, until when.
     fn still_idle(&mut self) -> anyhow::Result<Option<Exit>> {
-        // Before the look: whoever raises an event after it sees that, and kicks.
-        self.seat().waiting.store(true, Ordering::SeqCst);
         self.check_deadline()?;
-        let (memory, info) = (self.memory(), self.seat().info());
-        let over = match self.own.wait {
-            Wait::No => true,
-            Wait::Event => info.pending(memory)?,
-            Wait::Port(port) => {
-                lock(&self.shared.hub).events.is_pending(memory, port)?
-                    || info.pending(memory)? && !info.masked(memory)?
-            }
-        };
-        if over {
-            self.seat().waiting.store(false, Ordering::SeqCst);
+        if self.has_come()? {
             self.own.wait = Wait::No;
             self.deliver_event()?;
             return Ok(None);
@@ -250,8 +241,37 @@ impl Cpu {
         }))
     }
 
-    /// Waits for a signal, or until then.
+    /// Whether what it waits for is there.
+    fn has_come(&self) -> anyhow::Result<bool> {
+        let (memory, info) = (self.memory(), self.seat().info());
+        Ok(match self.own.wait {
+            Wait::No => self.seat().is_up(),
+            Wait::Event => info.pending(memory)?,
+            Wait::Port(port) => {
+                lock(&self.shared.hub).events.is_pending(memory, port)?
+                    || info.pending(memory)? && !info.masked(memory)?
+            }
+        })
+    }
+
+    /// Waits for an event or a signal, or until then; a while of it awake if there is another vCPU that could send one.
     pub(super) fn sleep(&mut self, deadline: Option<Instant>) -> anyhow::Result<()> {
+        let awake_until = Instant::now()
+            + deadline.map_or(WATCH, |at| {
+                WATCH.min(at.saturating_duration_since(Instant::now()))
+            });
+        self.seat().set_place(Place::Watches);
+        while self.shared.another_runs(self.index) && Instant::now() < awake_until {
+            if self.has_come()? || self.vcpu.is_interrupted() {
+                return Ok(());
+            }
+            std::thread::yield_now();
+        }
+        // Before the last look: whoever raises an event after that look sees that it must kick.
+        self.seat().set_place(Place::Sleeps);
+        if self.has_come()? {
+            return Ok(());
+        }
         let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
         Ok(self.vcpu.wait(left)?)
     }

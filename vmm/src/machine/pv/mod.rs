@@ -35,7 +35,6 @@ mod vcpu_ops;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use kvm_bindings::kvm_cpuid_entry2;
 
@@ -45,7 +44,7 @@ use crate::kvm::InterruptHandle;
 use crate::memory::GuestMemory;
 use cpu::{Counts, Cpu};
 use layout::*;
-use shared::Shared;
+use shared::{Place, Shared};
 use state::Saved;
 use thaw_wire::layout::WIRE_VIRQ;
 
@@ -160,7 +159,7 @@ impl Machine for PvMachine {
 
     fn is_well_placed(&self) -> bool {
         let mut seats = self.shared.seats.iter();
-        !self.others.is_empty() && seats.all(|seat| seat.waiting.load(Ordering::SeqCst))
+        !self.others.is_empty() && seats.all(|seat| seat.place() != Place::Runs)
     }
 
     fn take_console(&mut self) -> Vec<u8> {

@@ -2,7 +2,7 @@
 //!
 //! A vCPU's thread owns its [`super::cpu::Cpu`]; everything here may be used from any of them.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
 use kvm_bindings::kvm_regs;
@@ -58,13 +58,26 @@ pub(super) struct Seat {
     pub initialised: AtomicBool,
     /// Where it starts; taken when it does.
     pub first: Mutex<Option<First>>,
-    /// It waits for an event, or is switched off.
-    pub waiting: AtomicBool,
+    /// Whether it runs, and if not, what it takes to wake it: a [`Place`].
+    place: AtomicU8,
     /// It is in the guest, or about to be.
     in_guest: AtomicBool,
     /// It must not run on with what it has cached of page tables.
     stale: AtomicBool,
     thread: OnceLock<Pthread>,
+}
+
+/// Where a vCPU is. The order in which it goes from one to the next and looks for events, and in which others raise events
+/// and look where it is, makes that none is missed: it looks after it has said that it sleeps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub(super) enum Place {
+    /// In the guest or on its way: an event that it takes is worth a kick.
+    Runs,
+    /// It waits for an event, and looks for one all the time: none needs to tell it.
+    Watches,
+    /// It waits for an event asleep, or is switched off.
+    Sleeps,
 }
 
 /// What a vCPU starts with.
@@ -81,7 +94,7 @@ impl Seat {
             info: AtomicU64::new(info.0),
             up: AtomicBool::new(up),
             initialised: AtomicBool::new(initialised),
-            waiting: AtomicBool::new(!up),
+            place: AtomicU8::new(if up { Place::Runs } else { Place::Sleeps } as u8),
             ..Self::default()
         }
     }
@@ -101,6 +114,18 @@ impl Seat {
     /// Switches it on or off. It notices when it is kicked.
     pub(super) fn set_up(&self, up: bool) {
         self.up.store(up, Ordering::Release);
+    }
+
+    pub(super) fn place(&self) -> Place {
+        match self.place.load(Ordering::SeqCst) {
+            0 => Place::Runs,
+            1 => Place::Watches,
+            _ => Place::Sleeps,
+        }
+    }
+
+    pub(super) fn set_place(&self, place: Place) {
+        self.place.store(place as u8, Ordering::SeqCst);
     }
 
     /// From now on it belongs to this thread.
@@ -167,6 +192,14 @@ impl Shared {
         Some((u32::try_from(vcpu).ok()?, self.seats.get(index)?))
     }
 
+    /// Whether a vCPU beside this one runs.
+    pub(super) fn another_runs(&self, vcpu: u32) -> bool {
+        let others = (0..).zip(&self.seats).filter(|(index, _)| *index != vcpu);
+        others
+            .into_iter()
+            .any(|(_, seat)| seat.place() == Place::Runs)
+    }
+
     pub(super) fn copy(&self, vcpu: u32) -> AreaCopy {
         self.layout.copy(vcpu)
     }
@@ -201,8 +234,13 @@ impl Shared {
         if raised.interrupts {
             seat.info().select(self.memory(), port)?;
         }
-        // Even if the port is masked: the vCPU may be waiting for just this one (`SCHEDOP_poll`).
-        if vcpu != by && (raised.interrupts || seat.waiting.load(Ordering::SeqCst)) {
+        let kicked = match seat.place() {
+            Place::Runs => raised.interrupts,
+            Place::Watches => false,
+            // Even if the port is masked: the vCPU may be waiting for just this one (`SCHEDOP_poll`).
+            Place::Sleeps => true,
+        };
+        if vcpu != by && kicked {
             seat.kick();
         }
         Ok(())
