@@ -18,6 +18,13 @@ def pytest_collection_modifyitems(config, items):
         item.add_marker(pytest.mark.timeout(bound * harness.SLOW), append=False)
 
 
+def pytest_runtest_logreport(report):
+    """Failures go to the file that THAW_FAILURES names as they happen: a run may take hours, or be cut short."""
+    if report.failed and (path := os.environ.get("THAW_FAILURES")):
+        with open(path, "a") as file:
+            file.write(f"== {report.nodeid} ({report.when})\n{report.longreprtext}\n")
+
+
 def pytest_sessionstart(session):
     thaw = harness.THAW
     if not thaw or not os.access(thaw, os.X_OK):

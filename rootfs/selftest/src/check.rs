@@ -137,6 +137,16 @@ pub fn handle(signal: i32, flags: i32, handler: usize) -> Outcome {
     Ok(())
 }
 
+/// A bound, on a host that is as many times slower as `THAW_SLOW` says: an emulated one.
+pub fn patience(bound: Duration) -> Duration {
+    let slow = std::env::var("THAW_SLOW").ok();
+    bound
+        * slow
+            .and_then(|times| times.parse().ok())
+            .unwrap_or(1)
+            .max(1)
+}
+
 /// Runs a check in a child of its own and returns why it failed, if it did.
 pub fn run(check: &Check) -> Outcome {
     let (reader, writer) = pipe()?;
@@ -159,11 +169,12 @@ pub fn run(check: &Check) -> Outcome {
         }
     })?;
     drop(writer);
-    let ended = wait_until(pid, Instant::now() + Duration::from_secs(check.limit))?;
+    let limit = patience(Duration::from_secs(check.limit));
+    let ended = wait_until(pid, Instant::now() + limit)?;
     // SAFETY: ends what the check left behind in its group; an empty group is no error to us.
     unsafe { libc::kill(-pid, libc::SIGKILL) };
     match ended {
-        None => Err(format!("still running after {} s", check.limit)),
+        None => Err(format!("still running after {limit:?}")),
         Some(Ended::Exited(0)) => Ok(()),
         Some(Ended::Killed(signal)) => Err(format!("killed by signal {signal}")),
         Some(Ended::Exited(_)) => {

@@ -4,7 +4,7 @@ use std::mem::MaybeUninit;
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 
-use crate::check::{Check, Outcome, handle, sys};
+use crate::check::{Check, Outcome, handle, patience, sys};
 use crate::ensure;
 
 /// This room's checks.
@@ -204,7 +204,7 @@ fn nanosleep() -> Outcome {
             let slept = start.elapsed();
             ensure!(slept >= wanted, "slept {slept:?} of {wanted:?}");
             ensure!(
-                slept < wanted + LATE,
+                slept < wanted + patience(LATE),
                 "slept {slept:?} instead of {wanted:?}"
             );
         }
@@ -214,7 +214,7 @@ fn nanosleep() -> Outcome {
     (0..200).for_each(|_| std::thread::sleep(Duration::from_millis(1)));
     let slept = start.elapsed();
     ensure!(
-        (Duration::from_millis(200)..Duration::from_secs(5)).contains(&slept),
+        (Duration::from_millis(200)..patience(Duration::from_secs(5))).contains(&slept),
         "200 x 1 ms: {slept:?}"
     );
     Ok(())
@@ -251,7 +251,7 @@ fn busy_with_itimer(which: libc::c_int, signal: i32) -> Result<Duration, String>
         turns += 1;
         if turns.is_multiple_of(1 << 12) {
             ensure!(
-                start.elapsed() < Duration::from_secs(15),
+                start.elapsed() < patience(Duration::from_secs(15)),
                 "{} expiries in 15 s",
                 TICKS.load(SeqCst)
             );
@@ -339,7 +339,7 @@ fn timerfd_epoll() -> Outcome {
     }
     let (took, due) = (start.elapsed(), interval * expiries as u32);
     ensure!(
-        took >= due && took < due + LATE,
+        took >= due && took < due + patience(LATE),
         "{expiries} expiries of {interval:?} in {took:?}"
     );
     Ok(())
@@ -352,7 +352,7 @@ fn poll_timeout() -> Outcome {
         let ready = unsafe { libc::poll(std::ptr::null_mut(), 0, millis) };
         let (took, wanted) = (start.elapsed(), Duration::from_millis(millis as u64));
         ensure!(
-            ready == 0 && took >= wanted && took < wanted + LATE,
+            ready == 0 && took >= wanted && took < wanted + patience(LATE),
             "poll({millis}): {ready} after {took:?}"
         );
     }
@@ -364,12 +364,12 @@ fn cpu_time() -> Outcome {
     std::thread::sleep(Duration::from_millis(100));
     let asleep = clock(libc::CLOCK_PROCESS_CPUTIME_ID)? - own;
     ensure!(
-        asleep < 50_000_000,
+        asleep < patience(Duration::from_millis(50)).as_nanos().cast_signed(),
         "100 ms of sleep cost {asleep} ns of processor time"
     );
     while clock(libc::CLOCK_PROCESS_CPUTIME_ID)? - own < 100_000_000 {
         ensure!(
-            wall.elapsed() < Duration::from_secs(10),
+            wall.elapsed() < patience(Duration::from_secs(10)),
             "processor time does not pass"
         );
     }

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::check::{Check, Ended, Outcome, fork, handle, sys, wait};
+use crate::check::{Check, Ended, Outcome, fork, handle, patience, sys, wait};
 use crate::ensure;
 
 /// This room's checks.
@@ -87,7 +87,7 @@ fn all_work() -> Outcome {
             thread::spawn(move || -> Outcome {
                 pin(number)?;
                 arrived.fetch_add(1, SeqCst);
-                let end = Instant::now() + Duration::from_secs(20);
+                let end = Instant::now() + patience(Duration::from_secs(20));
                 while arrived.load(SeqCst) < all {
                     ensure!(
                         Instant::now() < end,
@@ -139,7 +139,7 @@ impl Writer {
         // SAFETY: as above.
         while unsafe { (*page).load(SeqCst) } == 0 {
             ensure!(
-                began.elapsed() < Duration::from_secs(20),
+                began.elapsed() < patience(Duration::from_secs(20)),
                 "the writer never ran"
             );
             thread::yield_now();

@@ -6,7 +6,9 @@ use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicI32, AtomicU64, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 
-use crate::check::{Check, Ended, Outcome, errno, fork, handle, pipe, status_of, sys, wait};
+use crate::check::{
+    Check, Ended, Outcome, errno, fork, handle, patience, pipe, status_of, sys, wait,
+};
 use crate::ensure;
 
 /// This room's checks.
@@ -286,7 +288,7 @@ fn registers() -> Outcome {
             SEEN.load(SeqCst)
         );
         ensure!(
-            start.elapsed() < Duration::from_secs(45),
+            start.elapsed() < patience(Duration::from_secs(45)),
             "only {} signals",
             SEEN.load(SeqCst)
         );

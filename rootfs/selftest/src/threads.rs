@@ -6,7 +6,7 @@ use std::sync::{Arc, Barrier, Condvar, Mutex, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::check::{Check, Outcome, errno, sys};
+use crate::check::{Check, Outcome, errno, patience, sys};
 use crate::ensure;
 
 /// This room's checks.
@@ -192,7 +192,7 @@ fn until(word: &AtomicU32, wanted: u32) -> Outcome {
         }
         futex_wait(word, now, Duration::from_secs(5));
         ensure!(
-            start.elapsed() < Duration::from_secs(20),
+            start.elapsed() < patience(Duration::from_secs(20)),
             "waited for {wanted}, still {now}"
         );
     }
