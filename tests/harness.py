@@ -200,10 +200,10 @@ class Client:
             self.http.headers["X-API-Key"] = key
 
     def get(self, path, **more):
-        return self.http.get(self.url + path, timeout=SLOW * more.pop("timeout", 60), **more)
+        return self.http.get(self.url + path, timeout=more.pop("timeout", 60 * SLOW), **more)
 
     def post(self, path, body=None, **more):
-        return self.http.post(self.url + path, json=body, timeout=SLOW * more.pop("timeout", 90), **more)
+        return self.http.post(self.url + path, json=body, timeout=more.pop("timeout", 90 * SLOW), **more)
 
     def session(self, **spec):
         reply = self.post("/v1/sessions/session", {"api_key": self.key, **spec})
@@ -212,14 +212,14 @@ class Client:
 
     def run(self, code, language="python", **fields):
         """A command that must be answered with 200. Without `session_id` it gets a session of its own."""
-        bound = fields.get("timeout", 60) + 30
+        bound = fields.get("timeout", 60) + 30 * SLOW
         reply = self.post("/execute", {"command": code, "language": language, **fields}, timeout=bound)
         assert reply.status_code == 200, f"{reply.status_code} {reply.text[:2000]}"
         return reply.json()
 
     def task(self, task_id, bound=60):
         """A task's final state."""
-        until = time.monotonic() + bound
+        until = time.monotonic() + bound * SLOW
         while True:
             reply = self.get(f"/v1/executions/{task_id}")
             assert reply.status_code == 200, reply.text
