@@ -249,9 +249,10 @@ mod tests {
         assert_eq!(fit(0, MachineKind::Hvm, 64), Ok(8));
         assert_eq!(fit(2, MachineKind::Hvm, 1), Ok(2));
         assert_eq!(fit(0, MachineKind::Pv, 64), Ok(1));
-        let refused = fit(2, MachineKind::Pv, 64).unwrap_err();
+        assert_eq!(fit(2, MachineKind::Pv, 64), Ok(2));
+        let refused = fit(9, MachineKind::Pv, 64).unwrap_err();
         assert!(
-            refused.contains("pv machine") && refused.contains("up to 1"),
+            refused.contains("pv machine") && refused.contains("up to 8"),
             "{refused}"
         );
     }

@@ -278,5 +278,5 @@ async fn sizes_are_rounded_up_and_an_image_has_its_least() {
     let (data, _) = data();
     let (all, _) = templates(data.path(), Fault::None);
     assert_eq!(all.get(1, 1).await.unwrap().manifest.memory_mib, 128);
-    assert!(all.get(128, 2).await.is_err());
+    assert!(all.get(128, 9).await.is_err());
 }

@@ -115,7 +115,10 @@ fn read(mut file: File) -> Vec<u8> {
 async fn an_import_that_breaks_off_leaves_no_snapshot_and_the_next_one_goes_on() {
     let (_from, one, file) = exported().await;
     let to = tempfile::tempdir().unwrap();
-    for cut in (0..file.len()).step_by(file.len() / 37) {
+    // The last: nothing is missing but a byte of the checksum. How much earlier ones give away is the packer's affair,
+    // which unpacks by the block, and all of this may be one.
+    let cuts = (0..file.len()).step_by(file.len() / 37);
+    for cut in cuts.chain([file.len() - 1]) {
         assert!(import(&to, &file[..cut], ground).is_err(), "cut at {cut}");
         assert!(Catalog::open(to.path()).unwrap().snapshots.is_empty());
     }
