@@ -34,6 +34,22 @@ def test_vcpus_are_real_where_the_machine_has_them_to_give(make):
     assert vm.client.get(f"/v1/vms/{vm.id}").json()["vcpu_count"] == 2
 
 
+def test_a_vcpu_can_be_switched_off_and_on_again(make):
+    vm = make(vcpu_count=2)
+    switch = lambda on: vm.out(f"echo {on} > /sys/devices/system/cpu/cpu1/online; nproc", "bash")
+    second = "import os; os.sched_setaffinity(0, {1}); print(sum(range(100000)), sorted(os.sched_getaffinity(0)))"
+    for _ in range(3):
+        assert int(switch(0)) == 1
+        assert int(vm.out("sleep 0.3; nproc", "bash")) == 1
+        assert int(switch(1)) == 2
+        assert vm.out(f"python3 -c '{second}'", "bash") == "4999950000 [1]"
+    # Frozen while it is off, it can be switched on in a copy.
+    switch(0)
+    [copy] = [Vm(vm.client, one) for one in vm.fork(1)["forks"]]
+    assert int(copy.out("echo 1 > /sys/devices/system/cpu/cpu1/online; nproc", "bash")) == 2
+    copy.end()
+
+
 BUSY = """
 import subprocess
 counters = [

@@ -262,21 +262,13 @@ impl<M: Member> Drop for Others<M> {
 }
 
 fn live<M: Member>(crew: &Crew, member: &Mutex<M>) {
-    let mut end = lock(member).arrive().err().map(failed);
+    let mut failed_to_arrive = lock(member).arrive().err().map(failed);
     while crew.join_in() {
-        if end.is_none() {
-            let mut member = lock(member);
-            let handle = member.handle();
-            kick::attach(handle);
-            end = member.work(crew);
-            if end.is_none() {
-                end = member.settle().err().map(failed);
-            }
-            kick::detach(handle);
-        }
-        let done = end.take();
-        let ended = done.is_some();
-        if let Some(exit) = done {
+        let end = failed_to_arrive
+            .take()
+            .or_else(|| shift(crew, &mut *lock(member)));
+        let ended = end.is_some();
+        if let Some(exit) = end {
             crew.post(exit);
         }
         crew.step_out();
@@ -284,6 +276,17 @@ fn live<M: Member>(crew: &Crew, member: &Mutex<M>) {
             return;
         }
     }
+}
+
+/// From when the guest may run to when it must rest.
+fn shift<M: Member>(crew: &Crew, member: &mut M) -> Option<Exit> {
+    let handle = member.handle();
+    kick::attach(handle);
+    let end = member
+        .work(crew)
+        .or_else(|| member.settle().err().map(failed));
+    kick::detach(handle);
+    end
 }
 
 fn failed(error: anyhow::Error) -> Exit {

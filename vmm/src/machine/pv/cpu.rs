@@ -30,6 +30,8 @@ const WATCH: Duration = Duration::from_micros(100);
 pub(super) enum Wait {
     /// Nothing: it runs.
     No,
+    /// The guest's word that it is switched on.
+    Up,
     /// Any event.
     Event,
     /// This port (`SCHEDOP_poll`), or an event that it would take.
@@ -96,7 +98,7 @@ impl Cpu {
             timer: None,
             vcpu,
             index,
-            area: shared.copy(index),
+            area: shared.layout.copy(index),
             shared: shared.clone(),
             own,
             counts: Counts::default(),
@@ -140,9 +142,7 @@ impl Cpu {
     /// Runs until something needs the thread that called this: [`Exit::Idle`] is for [`Self::sleep`].
     pub(super) fn run(&mut self) -> anyhow::Result<Exit> {
         kick::attach(self.vcpu.interrupt_handle());
-        if !self.is_on()? {
-            return Ok(Exit::Idle { deadline: None });
-        }
+        self.seat().set_place(Place::Runs);
         self.check_deadline()?;
         if self.own.wait == Wait::No {
             self.deliver_event()?;
@@ -206,27 +206,14 @@ impl Cpu {
         stop
     }
 
-    /// Whether the guest has switched it on; if it has just now, its first registers are loaded.
-    fn is_on(&mut self) -> anyhow::Result<bool> {
-        if !self.seat().is_up() {
-            self.disarm();
-            return Ok(false);
-        }
-        self.seat().set_place(Place::Runs);
-        let Some(first) = lock(&self.seat().first).take() else {
-            return Ok(true);
-        };
-        *self.vcpu.regs_mut() = first.regs;
-        let sregs = self.vcpu.sregs_mut();
-        (sregs.cr3, sregs.gs.base) = (first.cr3, first.gs);
-        Ok(true)
-    }
-
     /// Whether the halted guest has something to do; if not, until when.
     fn still_idle(&mut self) -> anyhow::Result<Option<Exit>> {
         self.check_deadline()?;
         if self.has_come()? {
-            // It goes on in the shim, which looks for events itself.
+            // It goes on in the shim, which looks for events itself, unless it has never run.
+            if self.own.wait == Wait::Up {
+                self.load_first();
+            }
             self.own.wait = Wait::No;
             return Ok(None);
         }
@@ -241,11 +228,22 @@ impl Cpu {
         }))
     }
 
+    /// Loads what it starts with, if it has not started yet.
+    fn load_first(&mut self) {
+        let Some(first) = lock(&self.seat().first).take() else {
+            return;
+        };
+        *self.vcpu.regs_mut() = first.regs;
+        let sregs = self.vcpu.sregs_mut();
+        (sregs.cr3, sregs.gs.base) = (first.cr3, first.gs);
+    }
+
     /// Whether what it waits for is there.
     fn has_come(&self) -> anyhow::Result<bool> {
         let (memory, info) = (self.memory(), self.seat().info());
         Ok(match self.own.wait {
-            Wait::No => self.seat().is_up(),
+            Wait::No => true,
+            Wait::Up => self.seat().is_up(),
             Wait::Event => info.pending(memory)?,
             Wait::Port(port) => {
                 lock(&self.shared.hub).events.is_pending(memory, port)?

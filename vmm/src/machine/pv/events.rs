@@ -97,10 +97,17 @@ impl Events {
         u32::try_from(number).ok()
     }
 
-    pub(super) fn close(&mut self, port: u32) {
-        if let Some(channel) = self.channels.get_mut(port as usize) {
-            channel.port = Port::Free;
-        }
+    /// Frees a port. What is pending there goes with it: the next one that gets the number must not find it.
+    pub(super) fn close(&mut self, memory: &GuestMemory, port: u32) -> Result<(), MemoryError> {
+        let Some(channel) = self.channels.get_mut(port as usize) else {
+            return Ok(());
+        };
+        channel.port = Port::Free;
+        let (word, bit) = place(port);
+        memory
+            .atomic_u64(self.shared_info + PENDING + word)?
+            .fetch_and(!bit, Ordering::SeqCst);
+        Ok(())
     }
 
     /// What a port is bound to, and the vCPU that its events are for.
@@ -251,6 +258,7 @@ mod tests {
     #[test]
     fn ports_are_bounded_and_a_virq_is_bound_once_per_vcpu() {
         let layout = Layout::new(128).unwrap();
+        let memory = GuestMemory::anonymous(layout.size).unwrap();
         let mut events = Events::new(&layout);
         let timer = events.bind(Port::Virq(0), 0).unwrap();
         assert_eq!(events.bind(Port::Virq(0), 0), Some(timer));
@@ -261,7 +269,10 @@ mod tests {
         assert!(events.plausible(&layout, 2) && !events.plausible(&layout, 1));
         while events.bind(Port::Ipi, 0).is_some() {}
         assert_eq!(events.bound(u32::MAX), (Port::Free, 0));
-        events.close(timer);
+        events.mark(&memory, timer).unwrap();
+        events.close(&memory, timer).unwrap();
+        assert!(!events.is_pending(&memory, timer).unwrap());
+        events.close(&memory, u32::MAX).unwrap();
         assert_eq!(events.port_of(0, Some(0)), None);
         assert_eq!(events.bind(Port::Ipi, 1), Some(timer));
     }

@@ -103,21 +103,21 @@ pub fn boot(config: &BootConfig<'_>) -> anyhow::Result<PvMachine> {
         regs.rsp = start.stack;
         regs.rflags = 0x202;
     }
-    let own = Own {
+    let own = |index| Own {
         deadline: None,
         time_area: None,
         cr4: GUEST_CR4,
-        wait: Wait::No,
+        wait: if index == 0 { Wait::No } else { Wait::Up },
     };
     let cpus = (0..).zip(vcpus);
-    let cpus = cpus.map(|(index, vcpu)| Cpu::new(vcpu, index, &shared, own, None));
+    let cpus = cpus.map(|(index, vcpu)| Cpu::new(vcpu, index, &shared, own(index), None));
     let cpus = cpus.collect();
     PvMachine::new(shared, cpus, cpuid.as_slice().to_vec())
 }
 
 /// What a vCPU's copy of the shim starts with, and its events masked.
 fn fill_shared_page(shared: &Shared, index: u32, page_table: u64) -> anyhow::Result<()> {
-    let (memory, area) = (shared.memory(), shared.copy(index));
+    let (memory, area) = (shared.memory(), shared.layout.copy(index));
     let info = VcpuInfo::first(&shared.layout, index);
     for (field, value) in [
         (COMM_KERNEL_MODE, IN_KERNEL),

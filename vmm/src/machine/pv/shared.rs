@@ -9,7 +9,7 @@ use kvm_bindings::kvm_regs;
 use nix::sys::pthread::Pthread;
 
 use super::events::{Events, Port, Raised, VcpuInfo};
-use super::layout::{AreaCopy, Layout};
+use super::layout::Layout;
 use super::state::Facts;
 use super::time::Clock;
 use super::{console, events};
@@ -194,14 +194,8 @@ impl Shared {
 
     /// Whether a vCPU beside this one runs.
     pub(super) fn another_runs(&self, vcpu: u32) -> bool {
-        let others = (0..).zip(&self.seats).filter(|(index, _)| *index != vcpu);
-        others
-            .into_iter()
-            .any(|(_, seat)| seat.place() == Place::Runs)
-    }
-
-    pub(super) fn copy(&self, vcpu: u32) -> AreaCopy {
-        self.layout.copy(vcpu)
+        let mut seats = (0..).zip(&self.seats);
+        seats.any(|(index, seat)| index != vcpu && seat.place() == Place::Runs)
     }
 
     /// Makes a port pending on behalf of vCPU `by`, which looks for its own events itself.

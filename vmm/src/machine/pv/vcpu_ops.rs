@@ -47,9 +47,10 @@ impl Cpu {
                 seat.kick();
                 0
             }
-            // VCPUOP_down, which a vCPU does to itself: it stops on its way back to the guest.
+            // VCPUOP_down, which a vCPU does to itself; it goes on behind this call when another switches it on.
             2 if index == self.index && !shared.is_alone() => {
                 seat.set_up(false);
+                self.own.wait = Wait::Up;
                 0
             }
             3 => i64::from(seat.is_up()),
@@ -86,7 +87,7 @@ impl Cpu {
             return Ok(EEXIST);
         }
         let memory = self.memory();
-        let area = self.shared.copy(index);
+        let area = self.shared.layout.copy(index);
         for (field, value) in [
             (COMM_KERNEL_MODE, IN_KERNEL),
             (COMM_KERNEL_SP, word(CONTEXT_KERNEL_SP)),
@@ -167,7 +168,7 @@ impl Cpu {
             return Ok(EINVAL);
         };
         seat.set_info(info);
-        let field = self.shared.copy(index).comm(COMM_VCPU_INFO);
+        let field = self.shared.layout.copy(index).comm(COMM_VCPU_INFO);
         memory.write_u64(field, DIRECT_BASE + info.0)?;
         Ok(0)
     }
@@ -251,7 +252,7 @@ impl Cpu {
                 None => EFAULT,
             },
             3 => {
-                lock(&self.shared.hub).events.close(first);
+                lock(&self.shared.hub).events.close(self.memory(), first)?;
                 0
             }
             4 => {
